@@ -224,14 +224,14 @@ def decode_for_ever(ranks: ProcessGroup, how: str, mark: Path) -> None:
 @torch.inference_mode()
 def kernel_errors(ranks: ProcessGroup) -> list[float]:
     """Compare the captured kernels' tree logits with those of Hugging Face's modules, both sharded, in bfloat16."""
-    from experiments.gpu_pair.models import WRAPS
+    from experiments.gpu_pair.models import wrap_of
     from experiments.gpu_pair.shapes import Llava, Text, build, prompt_of
     from specvlm.engine.cuda_graphs import kernels_for
     from specvlm.engine.lean import LeanText, Sight
     from specvlm.engine.program import Program
 
     shape, found = Llava(Text(4, 1024, 8, 4, 2048, 4096), small=True), []
-    lm = build(shape, WRAPS[shape.family], device(), torch.bfloat16, ranks=ranks)
+    lm = build(shape, wrap_of(shape.family), device(), torch.bfloat16, ranks=ranks)
     prompt, tree = prompt_of(lm, shape, 512, True), DraftTree(torch.arange(10, 36), TreeShape.parse("paper").parents)
     cache, lean = lm.new_cache(1024), LeanText(lm)
     lean.ops = kernels_for(lm, lean)

@@ -13,12 +13,17 @@ import tiny
 import torch
 from omegaconf import OmegaConf
 
+from experiments.batch.predicted import pairs
 from specvlm.advise import Costs, predict
-from specvlm.advise.__main__ import OWN, RATIOS, SHAPES, Wishes, changes, main, three
+from specvlm.advise.__main__ import changes, main, three
 from specvlm.advise.acceptance import Chances, Replay, of_answer, of_words
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import PROBES, Start, Timing, probes, rows_of
+from specvlm.advise.loads import loads, measure, prices_of, round_ms, verdict
+from specvlm.advise.table import show_loads
+from specvlm.advise.wishes import OWN, RATIOS, SHAPES, Wishes
 from specvlm.app import compose
+from specvlm.app.console import RunConsole
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.results import metrics
 from specvlm.strategies import registry
@@ -28,6 +33,7 @@ from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, TreeShape
+from specvlm.types.costs import RoundCost
 
 TEXT, VIDEO = 100, 1000
 
@@ -200,10 +206,10 @@ def test_a_start_that_a_short_answer_does_not_win_back_is_named():
 
 def test_pruning_is_said_to_pay_only_where_it_does():
     known = {("tree", ratio): Chances.of_mean(4.0, TreeShape.parse("paper")) for ratio in RATIOS}
-    for slot, verdict in ((0.0, "Pruning does not pay in decoding"), (0.01, "Pruning pays in decoding")):
+    for slot, said in ((0.0, "Pruning does not pay in decoding"), (0.01, "Pruning pays in decoding")):
         costs = invented(slot=slot)
         _, text = recommend(costs, candidates(costs, known, {"tree": (SHAPES, RATIOS)}), 256)
-        assert text[-1].startswith(verdict)
+        assert text[-1].startswith(said)
 
 
 def test_a_drafter_of_no_fixed_shape_is_recommended_as_it_was_measured():
@@ -234,6 +240,75 @@ def test_three_different_configurations_are_checked():
     assert len(set(three(found, best))) == 3 and three(found, best)[0] == best == three(found, None)[0]
 
 
+# ---- several requests at once --------------------------------------------------------------------------------------------
+
+
+def crowd(by_request: float = 1.0, by_row: float = 0.1, draft: float = 2.0, slots: float = 0.5) -> Costs:
+    """Invent rounds of 1 to 8 requests: a pass of 10 ms, more by request and row; drafts that cost more with all video."""
+    found = []
+    for count in (1, 2, 4, 8):
+        found.append(RoundCost(count, count, 0, 0, 0.0, 10 + by_request * count + by_row * count))
+        for ratio in (0.0, 0.9):
+            for shape in map(TreeShape.parse, ("chain:2", "chain:6")):
+                check_ms = 10 + by_request * count + by_row * count * len(shape)
+                draft_ms = shape.depth * (draft + (1 - ratio) * slots * count)
+                found.append(RoundCost.of_shape(shape, count, draft_ms, check_ms, ratio))
+    return replace(invented(), shared=tuple(found))
+
+
+KNOWN = {("tree", 0.9): Chances((0.8,)), ("tree", 0.0): Chances((0.8,))}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.9])
+@pytest.mark.parametrize("requests", [3, 12, 16])
+def test_rounds_of_other_numbers_of_requests_are_predicted(ratio, requests):
+    shape = TreeShape.parse("chain:4")
+    wanted = 10 + requests + 0.1 * requests * 5 + 4 * (2.0 + (1 - ratio) * 0.5 * requests)
+    assert round_ms(prices_of(crowd().shared, ratio), shape, requests) == pytest.approx(wanted, rel=0.05)
+
+
+def test_pruning_gains_with_the_load_and_the_table_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    found = loads(crowd(), KNOWN, SHAPES, [0.0, 0.9], 16)
+    assert [one.requests for one in found] == [count for count in (1, 2, 4, 8, 12, 16) for _ in range(3)]
+    gain = [found[at + 1].token_ms / found[at + 2].token_ms for at in range(0, len(found), 3)]
+    assert gain == sorted(gain) and gain[-1] > 1.2
+    assert all(one.tokens_per_s == pytest.approx(1000 * one.requests / one.token_ms) for one in found)
+    show_loads(RunConsole(), found)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and shown.count("the target alone") == 6
+    assert verdict(found) == "Speculation pays at up to 16 requests at once."
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        (crowd(draft=50.0), "Do not speculate, whatever the number of requests."),
+        (crowd(by_row=4.0, draft=1.0), r"Do not speculate from (2|4|8) requests at once on\."),
+    ],
+)
+def test_it_says_from_which_load_on_not_to_speculate(costs, said):
+    assert re.fullmatch(said, verdict(loads(costs, {("tree", 0.9): Chances((0.5,))}, ("chain:2",), [0.0, 0.9], 16)))
+
+
+def test_measured_rounds_of_the_benchmark_are_predicted_from_other_numbers_of_requests():
+    path = Path(__file__).parent.parent / "experiments" / "batch" / "results.jsonl"
+    found = list(pairs([json.loads(line) for line in path.read_text().splitlines()]))
+    assert len(found) >= 9 and max(abs(one.error) for one in found if one.requests in (1, 4, 8)) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", [1, 2])
+def test_rounds_of_several_requests_are_measured(most):
+    graph = DecodingGraph(
+        tiny.model("qwen2_5_vl"), tiny.draft_of("qwen2_5_vl"), UniformPruner(), TreeDrafter(), GreedyVerifier()
+    )
+    found = list(measure(graph, tiny.prompt("qwen2_5_vl"), [0.0, 0.9], most))
+    assert [one.requests for one in found] == [count for count in (1, 2)[:most] for _ in range(5)]
+    assert [(one.passes, one.ratio) for one in found[:5]] == [(0, 0), (2, 0), (6, 0), (2, 0.9), (6, 0.9)]
+    assert all(one.check_ms > 0 and (one.draft_ms > 0) == (one.passes > 0) for one in found)
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +318,8 @@ def test_three_different_configurations_are_checked():
         (["drafters=tre"], 'Did you mean "tree"?'),
         (["tokens=few"], "tokens=few: expected a whole number from 8"),
         (["check=maybe"], "check=maybe: expected true or false"),
+        (["requests=0"], "requests=0: expected a whole number from 1, at most 16"),
+        (["requests=17"], "requests=17: expected a whole number from 1, at most 16"),
         (["acceptance=many"], "acceptance=many: expected a number such as 3.5"),
         (["acceptance=7"], "acceptance=7: expected 0 to 5 accepted"),
         (["acceptance="], "acceptance= has no value"),
@@ -285,7 +362,7 @@ def test_help_names_every_word_within_the_terminals_width(columns, capsys, monke
 def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    monkeypatch.setattr("specvlm.advise.__main__.RATIOS", (0.0, 0.9))
+    monkeypatch.setattr("specvlm.advise.wishes.RATIOS", (0.0, 0.9))
     monkeypatch.setattr("specvlm.advise.costs.MISFIT", 100.0)  # once is enough
     words = [
         "question=how many objects appear?",
@@ -296,8 +373,9 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
         "drafter.nodes=9",
         "ratio=0.8",
     ]
-    assert main([*words, "check=true", "hydra.run.dir=out"]) == 0
+    assert main([*words, "check=true", "requests=2", "hydra.run.dir=out"]) == 0
     shown = capsys.readouterr().out
+    assert "predicted for requests at once" in shown and "at once" in shown.split("predicted for requests at once")[1]
     assert "the target alone" in shown and "predicted against measured: " in shown
     assert "Use drafter=" in shown or "Do not speculate here" in shown  # which, is a matter of time
     assert sorted(path.name for path in Path("out").iterdir()) == ["advice.json", "check.json", "costs.json"]
@@ -313,8 +391,11 @@ def test_the_embedded_pair_is_profiled_predicted_and_checked(tmp_path, monkeypat
     for row in checked:  # the acceptance is replayed, so it is exact; times are not asked of a busy machine
         assert row["accepted"][0] == pytest.approx(row["accepted"][1])
     # Asked again with the same costs, it needs no model.
-    assert main(["target.path=nowhere", "costs=out/costs.json", "acceptance=4.8", "hydra.run.dir=again"]) == 0
+    again = ["target.path=nowhere", "costs=out/costs.json", "acceptance=4.8", "requests=16", "hydra.run.dir=again"]
+    assert main(again) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"^ *16 +the target alone ", shown, re.MULTILINE) and len(costs.shared) == 2 * 5
+    assert TreeDrafter("auto", costs="out/costs.json").known()[-1] == costs.shared[-1]
     assert "256 tokens" in shown and "assumed, as at 0.9" in shown
 
 

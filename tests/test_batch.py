@@ -70,9 +70,7 @@ def test_addresses_are_counted_from_the_anchor():
 def test_joined_passes_of_a_published_size_take_a_few_hundred_megabytes():
     """Of Qwen2.5-VL 7B at 16,384 slots: 36 segments of attention, 128 rows of 28 heads, and logits of five programs."""
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_attention_heads=28))
-    model = SimpleNamespace(
-        hf=SimpleNamespace(config=config), head_dim=128, kv_heads=4, vocabulary=152_064, dtype=torch.bfloat16
-    )
+    model = SimpleNamespace(hf=SimpleNamespace(config=config), head_dim=128, kv_heads=4, vocabulary=152_064)
     parts = (16_384 // 512 + 4) * 128 * 28 * (128 + 1) * 4
-    assert bytes_for(model, 16_000) == parts + 5 * 128 * 152_064 * 2
-    assert bytes_for(model, 16_000) < 300 * 10**6 < bytes_for(model, 100_000)
+    assert bytes_for(model, 16_000, torch.bfloat16) == parts + 5 * 128 * 152_064 * 2
+    assert bytes_for(model, 16_000, torch.bfloat16) < 300 * 10**6 < bytes_for(model, 100_000, torch.bfloat16)

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from experiments.exactness import answers, decodes, nodes, report
-from experiments.gpu_pair.models import WRAPS
+from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import build, pair_of
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
@@ -23,7 +23,7 @@ from specvlm.types import GenerationOptions
 
 def small(dtype: torch.dtype = torch.float64):
     shape = pair_of("tiny").target
-    return build(shape, WRAPS[shape.family], torch.device("cpu"), dtype)
+    return build(shape, wrap_of(shape.family), torch.device("cpu"), dtype)
 
 
 def test_caches_of_any_capacity_hold_the_same_rows():

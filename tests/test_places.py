@@ -205,6 +205,20 @@ def test_a_draft_on_a_gpu_of_its_own_has_activations_there(parallel):
     assert all(not {"draft weights", "draft KV cache"} & set(plans[device]) for device in mine)
 
 
+@pytest.mark.parametrize(
+    ("where", "first", "last"),
+    [
+        (ONE, 3, 3),  # target and draft on one GPU
+        (Placement(None, gpu(0), gpu(1)[0]), 1, 2),
+        (Placement("layers", gpu(0, 1), gpu(2)[0]), 0, 2),  # a split target's passes are not joined
+    ],
+)
+def test_joined_passes_are_planned_where_their_model_is(where, first, last):
+    needs = [memory_plan.Need(model(name), 300, torch.float32, joined=size) for name, size in (("target", 1), ("plain", 2))]
+    plans, _ = memory_plan.plan(*needs, 100, where, dict.fromkeys(where.devices, 10**9))
+    assert [plans[device].parts.get(memory_plan.JOINED, 0) for device in (where.first, where.draft)] == [first, last]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("drafts", ["shared", "lone", "self"])
 def test_ranks_plan_their_shares(machine, rank, drafts):

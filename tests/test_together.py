@@ -11,13 +11,19 @@ import torch
 from sweeping import ASK
 
 from specvlm.__main__ import main
-from specvlm.app import together
+from specvlm.app import prepare, together
+from specvlm.app.compose import compose
+from specvlm.app.placement import places_of
 from specvlm.decoding.scheduler import Scheduler
+from specvlm.engine.batch import bytes_for
 from specvlm.errors import ExitCode
+from specvlm.models.memory_plan import JOINED, kv_bytes
 from specvlm.results.metrics import OF_ONE_REQUEST, SPANS
 from specvlm.results.rows import rows_of, steps_of, summary_of
+from specvlm.strategies import registry
 
 WORDS = [*ASK, "dataset.scenes=5", "dtype=float32", "drafter=tree"]
+SIDES = ("target", "draft")
 OTHER = {*OF_ONE_REQUEST, *(f"speedup_{span}" for span in SPANS), "times_s", "batch", "peak_memory_bytes", "baseline"}
 OTHER |= {f"baseline_{span}_s" for span in (*SPANS, "file_to_first_token")}
 
@@ -130,3 +136,23 @@ def test_a_batch_that_cannot_be_is_refused_in_one_line(words, said, capsys):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("captured", "batch"), [(True, 4), (True, 1), (False, 4)])
+def test_joined_passes_are_planned_and_leave_less_room_for_caches(captured, batch, monkeypatch):
+    monkeypatch.setattr(prepare, "captures_on", lambda *_: captured)
+    cfg = compose([*WORDS, f"batch={batch}"])
+    setup = prepare.set_up(cfg, places_of(cfg))
+    (sample, *_) = registry.build("dataset", cfg.dataset).samples()
+    request = prepare.plan(setup, prepare.read(setup, sample))
+    (plan,) = request.plans.values()
+    planned = captured and batch > 1
+    assert (JOINED in plan.parts) is planned
+    if planned:
+        models = (setup.target, setup.draft)
+        slots = [plan.parts[f"{side} KV cache"] // kv_bytes(m, 1, torch.float32) for side, m in zip(SIDES, models, strict=True)]
+        most = sum(bytes_for(m, count, torch.float32) for m, count in zip(models, slots, strict=True))
+        assert 0.9 * most < plan.parts[JOINED] <= most
+    monkeypatch.setattr(together.memory_plan, "free_bytes", lambda device: 10**9)
+    room = together.room_beside(request, setup.graph())
+    assert 10**9 - room == plan.parts["activations (estimate)"] + plan.parts.get(JOINED, 0)

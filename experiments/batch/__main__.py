@@ -1,7 +1,8 @@
 """Measure many requests in one pass, with random weights of published shapes and given acceptance, on one GPU.
 
-Each request has its own context and its own caches, filled with random numbers. How many guesses are accepted is drawn
-per request and round. Baseline: as many requests, joined too, by the target alone.
+Each request has its own context and its own caches, filled with random numbers. Which guesses are right is drawn per
+request and round. Baseline: as many requests, joined too, by the target alone. What is measured is a list of named cells,
+or one of the other options; models are built once for all cells that share them.
 """
 
 from __future__ import annotations
@@ -11,162 +12,27 @@ import datetime
 import gc
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from experiments.batch.drafter import ChanceDrafter
+from experiments.batch.bench import Bench, measured, passes_of
+from experiments.batch.cells import CELLS, Cell, chosen, missing
+from experiments.batch.hugging_face import generated
 from experiments.gpu_pair.__main__ import commit_of
-from experiments.gpu_pair.measure import copy_bandwidth, kv_bytes, synchronize, weight_bytes
+from experiments.gpu_pair.measure import copy_bandwidth, synchronize
 from experiments.gpu_pair.models import wrap_of
-from experiments.gpu_pair.shapes import build, pair_of, prompt_of
-from specvlm.decoding.loop import DecodingGraph, autoregressive_work
-from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket
-from specvlm.engine import Engine, engine_for
+from experiments.gpu_pair.shapes import build, prompt_of
+from specvlm.engine import engine_for
 from specvlm.models import memory_plan
-from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results import metrics
-from specvlm.strategies.drafters.tree import TreeDrafter
-from specvlm.strategies.pruners.uniform import UniformPruner
-from specvlm.strategies.verifiers.greedy import GreedyVerifier
-from specvlm.types import GenerationOptions, VideoPrompt
+from specvlm.types import VideoPrompt
 
 OUT = Path(__file__).with_name("results.jsonl")
-WARM = 4  # rounds of all requests that are not measured
-
-
-@dataclass
-class Bench:
-    """One pair and one engine.
-
-    Attributes:
-        target: Target model.
-        draft: Draft model.
-        engine: Engine that runs the passes.
-        rounds: Measured rounds.
-        caches: Caches, kept between measurements.
-        known: Each prompt's answer by the target, by number of the request.
-    """
-
-    target: VideoLM
-    draft: VideoLM
-    engine: Engine
-    rounds: int
-    caches: CachePool = field(default_factory=CachePool)
-    known: dict[int, tuple[int, ...]] = field(default_factory=dict)
-
-    def alone(self, prompt: VideoPrompt, limit: int) -> Decoding:
-        """Decode by the target alone."""
-        return autoregressive_work(self.target, prompt, limit, GreedyVerifier(), self.caches, self.engine)
-
-    def speculative(self, number: int, prompt: VideoPrompt, limit: int, tree: str, ratio: float, chance: float) -> Decoding:
-        """Decode with guesses that are right by chance."""
-        graph = DecodingGraph(
-            self.target,
-            self.draft,
-            UniformPruner(),
-            ChanceDrafter(TreeDrafter(tree), self.known[number], accepted=0.0, chance=chance),
-            GreedyVerifier(),
-            caches=self.caches,
-            engine=self.engine,
-        )
-        return graph.work(prompt, GenerationOptions(max_new_tokens=limit, ratio=ratio, seed=number))
-
-    def run(self, works: Sequence[Decoding], rounds: int) -> dict[str, Any]:
-        """Run requests for some rounds beyond the first ones; return times, tokens and passes per round."""
-        scheduler = Scheduler(self.engine)
-        tickets = [scheduler.submit(work) for work in works]
-        counted, walls, tokens = dict[int, list[int]](), list[float](), list[int]()
-        while len(walls) < rounds + WARM:
-            before = perf_counter()
-            found = one_round(scheduler, tickets, counted)
-            walls.append(perf_counter() - before)
-            tokens.append(found)
-        for ticket in reversed(tickets):  # the pool gives the last cache first: each request gets its own again
-            scheduler.cancel(ticket)
-        kept, made = walls[WARM:], sum(tokens[WARM:])
-        return {
-            "round_ms": 1000 * median(kept),
-            "mean_round_ms": 1000 * sum(kept) / len(kept),
-            "tokens_per_s": made / sum(kept),
-            "tokens_a_round": made / len(kept) / len(works),
-            "ms_per_token": 1000 * sum(kept) * len(works) / made,
-            "rounds": len(kept),
-            "answers": counted,
-        }
-
-
-def one_round(scheduler: Scheduler, tickets: Sequence[Ticket], counted: dict[int, list[int]]) -> int:
-    """Take turns until each request has made a step. Returns the number of new tokens."""
-    made, waiting = 0, set(range(len(tickets)))
-    while waiting:
-        scheduler.turn()
-        for number, ticket in enumerate(tickets):
-            if ticket.error is not None:
-                raise ticket.error
-            while ticket.steps:
-                step = ticket.steps.popleft()
-                counted.setdefault(number, []).extend(step.tokens)
-                made += len(step.tokens)
-                waiting.discard(number)
-    return made
-
-
-def passes_of(engine: Engine, requests: int) -> dict[str, float]:
-    """Time captured joined passes of so many requests, whose caches still exist, on the device alone: ms by shape."""
-    found = {}
-    for key, (owner, program) in getattr(engine, "_programs", {}).items():
-        if key[0] != "batch" or key[2] != 1 << (requests - 1).bit_length() or program.graph is None:
-            continue
-        times = []
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            program.graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        layers = len(owner().layers)
-        found[f"{layers} layers, {key[1]} rows, {key[2]} requests"] = round(median(times), 3)
-    return found
-
-
-def measured(bench: Bench, prompts: Sequence[VideoPrompt], args: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
-    """Measure a number of requests: by the target alone, then with each tree and ratio."""
-    rows, count, target = list[dict[str, Any]](), len(prompts), bench.target
-    depth = max(TreeDrafter(tree).fixed.depth for tree in args.trees)
-    limit = (args.rounds + WARM + 2) * (depth + 1) + 2
-    most = max(TreeDrafter(tree).max_nodes for tree in args.trees)
-    # A cache for each request, as large as the largest tree needs, so that none is replaced.
-    held = [bench.caches.take("target", target, len(prompt) + limit + most) for prompt in prompts]
-    for cache in held:
-        bench.caches.give_back("target", cache)
-    alone = bench.run([bench.alone(prompt, limit) for prompt in prompts], limit - WARM - 2)
-    bench.known = {number: tuple(answer) for number, answer in alone.pop("answers").items()}
-    bytes_read = weight_bytes(target) + sum(kv_bytes(target, len(prompt)) for prompt in prompts)
-    floor = {"floor_ms": 1000 * bytes_read / bandwidth}
-    rows.append({"part": "alone", "requests": count, **alone, **floor, "over_floor": alone["round_ms"] / floor["floor_ms"]})
-    for tree in args.trees:
-        for ratio in args.ratios:
-            works = [
-                bench.speculative(number, prompt, limit, tree, ratio, args.chance) for number, prompt in enumerate(prompts)
-            ]
-            spent = bench.engine.capture_s
-            found = bench.run(works, args.rounds)
-            same = all(list(bench.known[n][: len(answer)]) == answer for n, answer in found.pop("answers").items())
-            against = {"against_alone": found["tokens_per_s"] / alone["tokens_per_s"], "same_tokens": same}
-            spent = bench.engine.capture_s - spent
-            rows.append(
-                {"part": "speculative", "requests": count, "tree": tree, "ratio": ratio, **found, **against, "capture_s": spent}
-            )
-            print(line_of(rows[-1]), flush=True)
-    return rows
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -174,57 +40,111 @@ def line_of(row: dict[str, Any]) -> str:
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.batch", description=__doc__)
-    parser.add_argument("--shape", default="qwen2_5_vl_32b_7b", help="pair of experiments.gpu_pair (default: %(default)s)")
-    parser.add_argument("--requests", default="1,8", help="numbers of requests, with commas (default: %(default)s)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Make the command line."""
+    made = argparse.ArgumentParser(prog="python -m experiments.batch", description=__doc__)
+    made.add_argument("--cells", default="", help="cells to measure, by name or pattern, with commas: 16k-b8,4k-*")
+    made.add_argument("--list", action="store_true", help="name the cells, and say which of them the file has; run nothing")
+    made.add_argument("--shape", default="qwen2_5_vl_32b_7b", help="pair of experiments.gpu_pair (default: %(default)s)")
+    made.add_argument("--requests", default="1,8", help="numbers of requests, with commas (default: %(default)s)")
+    made.add_argument(
         "--video-tokens", default="16384", help="video tokens; several with commas go round (default: %(default)s)"
     )
-    parser.add_argument("--ratios", default="0.9,0", help="shares of the video tokens to drop (default: %(default)s)")
-    parser.add_argument("--trees", default="chain:4,chain:5", help="trees to draft (default: %(default)s)")
-    parser.add_argument("--chance", type=float, default=0.8, help="chance that a guess is right (default: %(default)s)")
-    parser.add_argument("--draft-weights", default="bf16", help="bf16, fp8, int8 or int4 (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--commit", default="", help="if git is not available")
-    parser.add_argument("--out", type=Path, default=OUT, help="file to append a line of JSON per row to")
-    args = parser.parse_args(words)
-    args.ratios, args.trees = [float(r) for r in args.ratios.split(",")], args.trees.split(",")
+    made.add_argument("--ratios", default="0.9,0", help="shares of the video tokens to drop (default: %(default)s)")
+    made.add_argument("--trees", default="chain:4,chain:5", help="trees to draft, or auto (default: %(default)s)")
+    made.add_argument("--chance", type=float, default=0.8, help="chance that a best guess is right (default: %(default)s)")
+    made.add_argument("--draft-weights", default="bf16", help="bf16, fp8, int8 or int4 (default: %(default)s)")
+    made.add_argument("--rounds", type=int, default=30, help="measured rounds (default: %(default)s)")
+    made.add_argument("--commit", default="", help="if git is not available")
+    made.add_argument("--out", type=Path, default=OUT, help="file to append a line of JSON per row to")
+    return made
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells to measure: those named, or one for each number of requests."""
+    if args.cells:
+        return chosen(args.cells)
+    sizes, ratios = tuple(map(int, args.video_tokens.split(","))), tuple(map(float, args.ratios.split(",")))
+    more = args.chance, tuple(args.trees.split(",")), ratios, args.draft_weights
+    return [Cell("", args.shape, int(count), sizes, *more) for count in args.requests.split(",")]
+
+
+def models_of(cell: Cell, device: torch.device, dtype: torch.dtype) -> list[VideoLM]:
+    """Build the target, and the draft if the cell needs one."""
+    shapes = [(cell.pair.target, "bf16"), (cell.pair.draft, cell.draft_weights)][: 1 if cell.hugging_face else 2]
+    with torch.inference_mode():
+        return [build(shape, wrap_of(shape.family), device, dtype, weights) for shape, weights in shapes if shape is not None]
+
+
+def rows_of(cell: Cell, models: Sequence[VideoLM], rounds: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Measure a cell. One that runs out of memory says so in its last row."""
+    device, sizes, target = models[0].device, cell.video_tokens, cell.pair.target
+    prompts: list[VideoPrompt] = [
+        prompt_of(models[0], target, sizes[number % len(sizes)], cell.hugging_face, number) for number in range(cell.requests)
+    ]
+    memory_plan.reset_peak(device)
+    try:
+        if cell.hugging_face:
+            with torch.inference_mode():
+                yield {"part": "hugging_face", **generated(models[0], prompts, rounds, 4)}
+            return
+        bench = Bench(models[0], models[1], engine_for("auto", device), rounds)
+        yield from measured(bench, prompts, cell, bandwidth)
+        print(json.dumps(passes_of(bench.engine, cell.requests)), flush=True)
+    except RuntimeError as error:
+        if not memory_plan.ran_out(error):
+            raise
+        yield {"part": "out_of_memory", "reason": str(error).partition(chr(10))[0]}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command line and return the exit code."""
+    args = parser().parse_args(words)
+    lines = args.out.read_text().splitlines() if args.out.is_file() else []
+    if args.list:
+        names = {json.loads(line).get("cell", "") for line in lines}
+        print("\n".join(f"{cell.name:16} {'measured' if cell.name in names else 'not run'}" for cell in CELLS))
+        return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pair = pair_of(args.shape)
-    assert pair.draft is not None
     bandwidth = copy_bandwidth(device)["gb_per_s"] * 1e9
-    with torch.inference_mode():
-        models = [
-            build(shape, wrap_of(shape.family), device, dtype, weights)
-            for shape, weights in ((pair.target, "bf16"), (pair.draft, args.draft_weights))
-        ]
-    engine = engine_for("auto", device)
     about = {
-        "shape": args.shape,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": args.commit or commit_of(),
         "versions": {k: v for k, v in metrics.versions().items() if k in ("python", "torch", "transformers")},
         "weights": "random weights of the true shapes",
-        "acceptance": f"given: each guess right with probability {args.chance}",
-        "video_tokens": args.video_tokens,
-        "draft_weights": args.draft_weights,
         "gb_per_s": round(bandwidth / 1e9),
     }
-    sizes = [int(tokens) for tokens in args.video_tokens.split(",")]
-    for count in map(int, args.requests.split(",")):
-        prompts = [prompt_of(models[0], pair.target, sizes[number % len(sizes)], False, number) for number in range(count)]
-        bench = Bench(*models, engine, args.rounds)
-        for row in measured(bench, prompts, args, bandwidth):
-            with args.out.open("a") as file:
-                file.write(json.dumps(about | {"peak_gib": memory_plan.peak_bytes(device) / 2**30} | row) + "\n")
-        print(json.dumps(passes_of(engine, count)))
-        bench.caches.empty()
+    for _, group in groupby(cells_of(args), key=lambda cell: cell.models):
+        cells = list(group)
+        models = models_of(cells[0], device, dtype)
+        for cell in cells:
+            of_cell = {
+                "cell": cell.name,
+                "shape": cell.shape,
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "acceptance": f"given: each best guess right with probability {cell.chance}",
+                "chance": cell.chance,
+                "video_tokens": ",".join(map(str, cell.video_tokens)),
+                "draft_weights": cell.draft_weights,
+                "layers": cell.layers,
+                "stagger": cell.stagger,
+                "requests": cell.requests,
+            }
+            for row in rows_of(cell, models, args.rounds, bandwidth):
+                whole = about | of_cell | {"peak_gib": memory_plan.peak_bytes(device) / 2**30} | row
+                print(cell.name, line_of(row), flush=True)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(whole) + "\n")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        del models
         gc.collect()
     synchronize(device)
+    if args.cells:
+        done = {json.loads(line).get("cell", "") for line in args.out.read_text().splitlines()}
+        print("not run:", ", ".join(missing([*done])) or "none")
     return 0
 
 

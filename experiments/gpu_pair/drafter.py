@@ -94,18 +94,22 @@ class GivenSession(DraftSession):
 
 
 def guesses(shape: TreeShape, known: Sequence[int], accepted: int, vocabulary: int) -> Tensor:
-    """Make a (T, M - 1) table: guesses below a root at known[t]. Best children are right down to depth `accepted`.
+    """Make a (T, M - 1) table: guesses below a root at known[t]. Best children are right down to depth `accepted`."""
+    way = [0]  # best child of best child
+    while len(way) <= accepted and shape.children[way[-1]]:
+        way.append(shape.children[way[-1]][0])
+    return guesses_on(shape, known, way, vocabulary)
+
+
+def guesses_on(shape: TreeShape, known: Sequence[int], way: Sequence[int], vocabulary: int) -> Tensor:
+    """Make a (T, M - 1) table: guesses below a root at known[t], of which those of the nodes in `way` are right.
 
     All others are off by one more than their rank, so that siblings differ and none is right by chance.
     """
     answer_T = torch.tensor([*known, *[0] * shape.depth])
-    line = {0}  # best child of best child
-    for node in range(1, len(shape)):
-        if (parent := shape.parents[node]) in line and shape.children[parent][0] == node:
-            line.add(node)
     columns = []
     for node in range(1, len(shape)):
         depth = shape.depths[node]
-        shift = 0 if node in line and depth <= accepted else 1 + shape.ranks[node]
+        shift = 0 if node in way else 1 + shape.ranks[node]
         columns.append((answer_T[depth : depth + len(known)] + shift) % vocabulary)
     return torch.stack(columns, 1)

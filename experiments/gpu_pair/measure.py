@@ -196,7 +196,7 @@ class Bench:
     def hugging_face(self) -> Figures:
         """Measure Hugging Face's unmodified `generate` with SDPA: median time between tokens, and to the first one."""
         assert self.prompt is not None
-        hf, stamps = self.target.hf, _Stamps(self.device)
+        hf, stamps = self.target.hf, Stamps(self.device)
         parts = {"text_config": hf.config.get_text_config(), "vision_config": hf.config.vision_config}
         ours = {part: config._attn_implementation for part, config in parts.items()}
         hf.set_attn_implementation(dict.fromkeys(ours, "sdpa"))
@@ -205,7 +205,7 @@ class Bench:
             many = self.counts.rounds + self.counts.warmup
             hf.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
             synchronize(self.device)
-            start = perf_counter()
+            stamps.start()
             out = hf.generate(
                 **inputs, max_new_tokens=many, do_sample=False, eos_token_id=None, pad_token_id=0, streamer=stamps
             )
@@ -215,7 +215,7 @@ class Bench:
         return {
             "ms_per_token": median(gaps),
             "mean_ms_per_token": 1000 * (end - stamps.at[0]) / (len(tokens) - 1),
-            "first_token_ms": 1000 * (stamps.at[0] - start),
+            "first_token_ms": 1000 * (stamps.at[0] - stamps.begun_at),
             "repeats": len(gaps),
             "tokens": tokens,
         }
@@ -284,12 +284,16 @@ def timed(steps: Iterator[Step]) -> tuple[list[float], list[Step]]:
         seen.append(step)
 
 
-class _Stamps:
+class Stamps:
     """Streamer for `generate` that records the time of each token. The first `put` is the prompt."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.begun = device, False
+        self.device, self.begun, self.begun_at = device, False, 0.0
         self.at: list[float] = []
+
+    def start(self) -> None:
+        """Record when `generate` is called."""
+        self.begun_at = perf_counter()
 
     def put(self, value: Any) -> None:
         synchronize(self.device)

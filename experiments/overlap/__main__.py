@@ -26,7 +26,7 @@ import torch
 
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.gpu_pair.measure import Bench, Counts, Figures, timed
-from experiments.gpu_pair.models import WRAPS
+from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import build, model_class, pair_of, prompt_of
 from experiments.gpu_pair.spread import skeleton
 from experiments.overlap.drafter import Given, GivenOverlapDrafter, GivenTreeDrafter, replayed, spread
@@ -132,10 +132,10 @@ class Run:
         pair, dtype = pair_of(self.options.shape), torch.bfloat16 if self.device.type == "cuda" else torch.float32
         if target is None:
             stages = self.stages(pair.target.text.layers) if self.options.parallel == "layers" else ()
-            wrap, more = WRAPS[pair.target.family], (self.options.target_weights, 0, stages, self.ranks)
+            wrap, more = wrap_of(pair.target.family), (self.options.target_weights, 0, stages, self.ranks)
             target = build(pair.target, wrap, self.device, dtype, *more)
         assert pair.draft is not None
-        wrap = WRAPS[pair.draft.family]
+        wrap = wrap_of(pair.draft.family)
         if self.ranks.rank:
             return target, wrap(skeleton(model_class(pair.draft), pair.draft.config()))
         return target, build(pair.draft, wrap, self.draft_device, dtype, weights, 1)

@@ -9,22 +9,22 @@ if __name__ == "__main__":
 
     loading()
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Self
+from typing import Any
 
 from rich.table import Column, Table
 
-from specvlm.advise import acceptance, table
+from specvlm.advise import acceptance, loads, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
 from specvlm.advise.overlap import overlapped
+from specvlm.advise.wishes import OWN, Wishes
 from specvlm.app import compose
 from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole, not_applied, size
@@ -36,89 +36,15 @@ from specvlm.app.request import threads
 from specvlm.app.terminal import Terminal, styled
 from specvlm.config import RunConfig, word
 from specvlm.decoding.loop import DecodingGraph, autoregressive
-from specvlm.errors import ExitCode, UserError, did_you_mean
+from specvlm.errors import ExitCode, UserError
 from specvlm.models import memory_plan
 from specvlm.parallel import torchrun
 from specvlm.results import metrics
 from specvlm.results.folder import write_json
 from specvlm.strategies import Drafter, registry
-from specvlm.types import Step, Within
+from specvlm.types import Step
 
-OWN = {
-    "acceptance": "guesses accepted per round of the paper's tree, as 3.5, or by ratio, as 0:4.8,0.9:4; or folders of earlier "
-    "runs; left out: measured on the video",
-    "drafters": "the drafters to consider, such as tree,dynamic_tree (all that are installed)",
-    "tokens": "most new tokens per decode (128)",
-    "check": "true: decode with the recommended configuration and two others, and compare with the prediction (false)",
-    "costs": "the costs.json of an earlier profile, instead of a new profile; needs acceptance=",
-}
-TREES = ("tree", "self")  # fixed shapes: predicted from a few measured trees; other drafters are measured as they are
-RATIOS, RATIOS_OF_SELF = (0.0, 0.5, 0.75, 0.9, 1.0), (0.9,)  # to predict for tree, and for self
-CHAINS = tuple(f"chain:{depth}" for depth in range(2, 9))
-SHAPES = ("paper", *CHAINS, "2x1x1x1x1x1", "2x2x1x1x1", "4x1x1x1x1", "4x2x1x1", "4x2x2x1", "8x1x1x1", "4x4x1")
 PARTS = (("draft",), CHECK)  # of a round's time, that make up Candidate.draft_ms and Candidate.check_ms
-TOKENS = Within(8, 131_072)  # bounds of tokens=…
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """The adviser's own options (OWN), checked.
-
-    known: Acceptance by drafter and ratio; empty: measure it. costs: of an earlier profile; None: measure them.
-    """
-
-    drafters: tuple[str, ...]
-    known: Known = field(default_factory=dict)
-    tokens: int = 128
-    check: bool = False
-    costs: Costs | None = None
-
-    @classmethod
-    def of_words(cls, own: dict[str, str]) -> Self:
-        """Parse and check the options. Raises UserError if one is wrong or they conflict. own: values by key of OWN."""
-        every = list(registry.collect()["drafter"])
-        names = [name.strip() for name in own.get("drafters", ",".join(every)).split(",")]
-        if unknown := [name for name in names if name not in every]:
-            hint = did_you_mean(unknown[0], every)
-            raise UserError(f"drafters={unknown[0]}: expected some of {', '.join(every)}.{hint}")
-        tokens, check = own.get("tokens", "128"), own.get("check", "false")
-        if not (re.fullmatch("[0-9]{1,9}", tokens) and int(tokens) in TOKENS):
-            raise UserError(f"tokens={tokens}: expected a whole number from {TOKENS.low}, {TOKENS.most}")
-        if check not in ("true", "false"):
-            raise UserError(f"check={check}: expected true or false")
-        known = acceptance.of_words(own["acceptance"]) if "acceptance" in own else {}
-        if known and not (names := [name for name in names if any(name == of for of, _ in known)]):
-            raise UserError(f"acceptance={own['acceptance']} does not cover drafters={own['drafters']}")
-        costs = Costs.read(Path(own["costs"])) if "costs" in own else None
-        if costs and (not known or check == "true"):
-            raise UserError("costs= loads no model: it needs acceptance=, and cannot be combined with check=true")
-        if costs:
-            names = [name for name in names if any(name == start.drafter for start in costs.starts)]
-            if not names:
-                raise UserError(f"costs={own['costs']} has no drafter that acceptance={own['acceptance']} covers")
-        return cls(tuple(names), known, int(tokens), check == "true", costs)
-
-    def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Shapes and ratios to predict, for each wished drafter of TREES. Those of `tree` include the run's own."""
-        ratios = sorted({*RATIOS, float(cfg.ratio)})
-        if self.known:  # ratio 1: do not assume that a drafter without video guesses as well
-            ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
-        if registry.build("pruner", cfg.pruner).keeps_all:
-            ratios = [0.0]
-        own = getattr(cfg.drafter, "shape", None)
-        every = {
-            "tree": (tuple(dict.fromkeys([*SHAPES, own or SHAPES[0]])), tuple(ratios)),
-            "self": (CHAINS[:4], RATIOS_OF_SELF if len(ratios) > 1 else (0.0,)),
-        }
-        return {name: every[name] for name in self.drafters if name in TREES}
-
-    def others(self, cfg: RunConfig) -> list[Drafter]:
-        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults.
-
-        Without `draft.device`, `overlap` drafts as `tree` does.
-        """
-        names = [name for name in self.drafters if name not in TREES and (name != "overlap" or cfg.draft.device)]
-        return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +96,7 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
     if wishes.costs:
         found = candidates(wishes.costs, wishes.known, trees)
         best = conclude(screen, wishes.costs, found, cfg.max_new_tokens, words, folder)
+        crowded(screen, wishes.costs, wishes, wishes.known, trees)
     else:
         others = wishes.others(cfg)
         job = plan(cfg, trees, others)
@@ -182,9 +109,10 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
             screen.note(not_applied(graph.target.ignored_settings))
             screen.note(graph.engine.note)
             limit = min(wishes.tokens, cfg.max_new_tokens)
-            costs, found, answer = measure(graph, job, wishes.known, trees, others, limit, screen)
+            costs, found, answer, known = measure(graph, job, wishes, trees, others, limit, screen)
             ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
             best = conclude(screen, costs, found, len(answer) if ended else cfg.max_new_tokens, words, folder)
+            crowded(screen, costs, wishes, known, trees)
             if wishes.check:
                 with screen.waiting("decoding to check"):
                     checked = [check(graph, job, candidate, others, limit) for candidate in three(found, best)]
@@ -218,24 +146,24 @@ def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ..
 def measure(
     graph: DecodingGraph,
     job: Prepared,
-    known: Known,
+    wishes: Wishes,
     trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]],
     others: Sequence[Drafter],
     limit: int,
     screen: RunConsole,
-) -> tuple[Costs, list[Candidate], tuple[int, ...]]:
+) -> tuple[Costs, list[Candidate], tuple[int, ...], Known]:
     """Measure costs, and acceptance unless it is known.
 
     trees: shapes and ratios to predict, by drafter; others: drafters to measure as they are.
 
-    Returns the costs, all candidates, and the target's answer of up to `limit` tokens.
+    Returns the costs, all candidates, the target's answer of up to `limit` tokens, and the acceptance.
     """
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
     screen.console.print(styled(("profile:", "dim"), f" {total} short decodes"))
     with screen.progress("profile", total) as advance:
         seen = profile(graph, job.prompt, lambda: alone(graph, job, limit), ratios, limit, advance)
-        known = known or {
+        known = wishes.known or {
             (name, ratio): acceptance.of_answer(using(graph, shaped(name)), job.prompt, keep, seen.answer)
             for (name, ratio), keep in seen.kept.items()
         }
@@ -245,7 +173,28 @@ def measure(
         for drafter in others:
             found.append(measured_candidate(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()
-    return seen.costs, found, seen.answer
+    costs = seen.costs
+    if wishes.requests > 1 and "tree" in ratios:
+        with screen.waiting("measuring several requests at once"):
+            costs = replace(costs, shared=tuple(loads.measure(graph, job.prompt, ends(ratios["tree"]), wishes.requests)))
+    return costs, found, seen.answer, known
+
+
+def ends(ratios: Sequence[float]) -> list[float]:
+    """The ratios to predict for several requests: the lowest, and that nearest to 0.9."""
+    return sorted({min(ratios), min(ratios, key=lambda ratio: abs(ratio - 0.9))})
+
+
+def crowded(
+    screen: RunConsole, costs: Costs, wishes: Wishes, known: Known, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]
+) -> None:
+    """Show what several requests at once would take, if asked for."""
+    if wishes.requests == 1 or "tree" not in trees:
+        return
+    shapes, ratios = trees["tree"]
+    found = loads.loads(costs, known, shapes, ends(ratios), wishes.requests)
+    table.show_loads(screen, found)
+    screen.console.print(loads.verdict(found))
 
 
 def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:

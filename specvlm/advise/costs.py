@@ -24,6 +24,7 @@ from specvlm.results.metrics import DRAFTER_START, FIRST_TOKEN
 from specvlm.results.records import Share, Tokens
 from specvlm.strategies import registry
 from specvlm.types import KeepSet, Step, TreeShape, VideoPrompt, Within
+from specvlm.types.costs import RoundCost
 
 ROUNDS = 20  # most rounds of a decode; the first two are warm-up
 # In a shape such as 16x1x1, every draft pass but the first has 16 rows: this isolates the cost of a pass of 16 rows.
@@ -126,6 +127,7 @@ class Costs:
         timings: Measured times of a round, by drafter, shape and ratio.
         starts: Measured starts by drafter and ratio.
         machine: Name of the GPU or CPU.
+        shared: Rounds of several requests at once, with `tree` as drafter.
     """
 
     text: Tokens
@@ -135,6 +137,7 @@ class Costs:
     timings: tuple[Timing, ...]
     starts: tuple[Start, ...] = ()
     machine: str = ""
+    shared: tuple[RoundCost, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from specvlm.advise.advice import Candidate, alone_s
 from specvlm.advise.costs import MISFIT, Costs
+from specvlm.advise.loads import Load
 from specvlm.app.console import RunConsole, seconds
 from specvlm.app.terminal import styled
 
@@ -35,6 +36,20 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
     busy = costs.misfit() > MISFIT
     told = (f"{misfit}: was the machine busy? Profile again", "yellow") if busy else (misfit, "dim")
     screen.console.print(styled(told, "\n"))
+
+
+def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
+    """Print the predicted times of several requests at once."""
+    alone = {load.requests: load.token_ms for load in found if load.ratio is None}
+    rows = []
+    for load in found:
+        first = load.ratio is None
+        what = str(load.requests) if first else "", "the target alone" if first else f"tree {load.shape}"
+        times = f"{load.token_ms:.2f}", f"{load.tokens_per_s:.0f}"
+        gain = "" if first else f"{alone[load.requests] / load.token_ms:.2f} x"
+        rows.append((*what, "" if load.ratio is None else f"{load.ratio:g}", *times, gain))
+    screen.console.print(styled("\n", ("predicted for requests at once; the best tree of each ratio", "dim")))
+    _print(screen, ("requests", "drafter", "ratio", "ms per token", "tokens per s", ""), rows)
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:

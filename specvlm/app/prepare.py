@@ -12,6 +12,7 @@ import torch
 from specvlm.config import RunConfig, home, listed, model_folder
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.room import needs_for
+from specvlm.engine import captures_on
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.models import memory_plan
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
@@ -223,7 +224,8 @@ def plan(
     """
     cfg, places, prompt, graph = setup.cfg, setup.places, reading.prompt, setup.graph()
     dtypes = {"target": setup.dtype} | ({"draft": dtype_of(setup.draft, cfg.dtype)} if setup.draft else {})
-    needs = needs_for(graph, prompt, graph.options, dtypes, setup.kinds, places.ranks)
+    joined = cfg.batch > 1 and captures_on(cfg.engine, places.first)
+    needs = needs_for(graph, prompt, graph.options, dtypes, setup.kinds, places.ranks, joined)
     patches = max(map(setup.target.vision_rows, prompt.videos), default=0)
     free = {device: memory_plan.free_bytes(device) + (held or {}).get(device, 0) for device in places.devices}
     plans, counts = memory_plan.plan(needs[0], needs[1] if needs[1:] else None, patches, places, free, layers)

@@ -101,8 +101,7 @@ def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dic
     """Decode requests at the same time, as many as fit into memory, and return their ended tickets."""
     sizes = {index: cache_bytes(graph, request.prompt) for index, request in requests.items()}
     first = next(iter(requests.values()))
-    free = sum(memory_plan.free_bytes(d) - first.plans[d].parts["activations (estimate)"] for d in first.places.devices)
-    scheduler = Scheduler(graph.engine, room=max(free + graph.caches.nbytes, *sizes.values()))
+    scheduler = Scheduler(graph.engine, room=max(room_beside(first, graph), *sizes.values()))
     tickets = {index: scheduler.submit(graph.work(requests[index].prompt), size) for index, size in sizes.items()}
     try:
         with inferring():
@@ -112,6 +111,13 @@ def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dic
         for ticket in tickets.values():  # none is left, except after an interrupt
             scheduler.cancel(ticket)
     return tickets
+
+
+def room_beside(request: Prepared, graph: DecodingGraph) -> int:
+    """Return the bytes that caches may take beside activations and joined passes, as a request's plan has them."""
+    parts = [(device, request.plans[device].parts) for device in request.places.devices]
+    other = sum(found["activations (estimate)"] + found.get(memory_plan.JOINED, 0) for _, found in parts)
+    return sum(memory_plan.free_bytes(device) for device, _ in parts) - other + graph.caches.nbytes
 
 
 def replayed(ticket: Ticket) -> Iterator[Step]:

@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from specvlm.errors import UserError
 from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
@@ -153,3 +154,16 @@ def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
     intra_F = torch.stack([part.mean() for part in stream.intra.split(group)])
     rows = (motion_FP, *(x_F[:, None].expand_as(motion_FP) for x_F in (size_F, intra_F)))
     return torch.stack([row.flatten() for row in rows])
+
+
+def draft_attention(model: VideoLM, prompt: VideoPrompt, features: Tensor | Features, layers: int, caches: CachePool) -> Tensor:
+    """(L, N) attention of the last row to the unpruned video in the first `layers` layers of the model that drafts.
+
+    features: Those that this model has of the video.
+    """
+    index = prompt.video_index.to(model.device)
+    collector = AttentionCollector(index, rows=False, last_row=True, depth=layers)
+    with caches.lease() as lease:
+        cache = lease.take("draft", model, len(prompt))
+        model.prefill(model.embed(prompt, features), model.positions(prompt), cache, collector=collector)
+    return collector.last_rows()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from specvlm.decoding.broadcast import BroadcastSession
-from specvlm.decoding.collect import collector_for, gathered, state_layer
+from specvlm.decoding.budget import sharing
+from specvlm.decoding.collect import collector_for, draft_attention, gathered, state_layer
 from specvlm.decoding.logprobs import with_logprobs
 from specvlm.decoding.output import Output
 from specvlm.decoding.prefill import SharedPrefill, prefill
@@ -81,7 +82,7 @@ def autoregressive_work(
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
     output, generator = Output.of(target, asked), verifier_generator(asked.seed)
     penalty = penalty_for(target, prompt, asked)
-    with caches.lease() as lease:
+    with caches.lease() as lease, sharing(engine, target):
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
         request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
@@ -161,7 +162,11 @@ class DecodingGraph:
         output = Output.of(target, asked)
         most, _ = sizes_of(drafter)
         view = self._view(prompt, asked.ratio)
-        with self.caches.lease() as lease, self.caches.lease(drafter=True) as drafts:
+        with (
+            self.caches.lease() as lease,
+            self.caches.lease(drafter=True) as drafts,
+            sharing(self.engine, target, self._drafts, drafter, self.joins) as share,
+        ):
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
             penalty = penalty_for(target, prompt, asked)
             collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
@@ -202,6 +207,7 @@ class DecodingGraph:
                 cache=cache,
                 captured=self.engine.captures,
                 seed=request.key(0)[0] if self.sampling.coupled else None,
+                next_shape=share.next_shape if share.budget else None,
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":
@@ -220,6 +226,7 @@ class DecodingGraph:
                 verdict, new = yield from drafting.check(request, tree)
                 clock.mark("verify")
                 tokens, times = output.take(new), clock.lap()
+                share.saw(tree, verdict, times)
                 seen = (shown, attention, self.lossless, None, drafting.drafted_ahead)
                 step = Step(tokens, tree.on_host(), verdict, times, *seen)
                 yield (yield from with_logprobs(step, output, request, logits_MV, asked.logprobs))
@@ -228,6 +235,11 @@ class DecodingGraph:
                 clock.resume()
                 penalty.add(new)
                 token, shown, attention = verdict.bonus, None, None
+
+    @property
+    def _drafts(self) -> VideoLM | None:
+        """The model that drafts, if the drafter runs one."""
+        return self.target if self.drafter.model == "target" else self.draft
 
     def _session(self, context: DraftContext) -> DraftSession:
         """Start the drafter. If only rank 0 holds the draft model, wrap its session so that trees are broadcast."""
@@ -294,7 +306,11 @@ class DecodingGraph:
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
         signals = gathered(self.pruner.needs, prompt, collector, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:
-            signals["draft_attention_last_row"] = self._draft_attention(prompt, features_ND)
+            assert self._drafts is not None
+            features = features_ND if self._drafts is self.target else self._drafts.features(prompt)
+            signals["draft_attention_last_row"] = draft_attention(
+                self._drafts, prompt, features, self.pruner.draft_layers, self.caches
+            )
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
         with inside(self.pruner):
             keep = self.pruner.select(context)
@@ -303,16 +319,3 @@ class DecodingGraph:
                 got = kept or f"gave a {type(keep).__name__}"
                 raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
             return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
-
-    def _draft_attention(self, prompt: VideoPrompt, features_ND: Tensor | Features) -> Tensor:
-        """(L, N) attention of the last row to the unpruned video in the drafter's first `draft_layers` layers."""
-        model = self.target if self.drafter.model == "target" else self.draft
-        assert model is not None
-        features = features_ND if model is self.target else model.features(prompt)
-        collector = AttentionCollector(
-            prompt.video_index.to(model.device), rows=False, last_row=True, depth=self.pruner.draft_layers
-        )
-        with self.caches.lease() as lease:
-            cache = lease.take("draft", model, len(prompt))
-            model.prefill(model.embed(prompt, features), model.positions(prompt), cache, collector=collector)
-        return collector.last_rows()

@@ -8,8 +8,10 @@ import torch
 
 from specvlm.decoding.collect import held_bytes
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.engine.batch import bytes_for
 from specvlm.models.kv_cache import pooled
 from specvlm.models.memory_plan import Need, kv_bytes
+from specvlm.models.video_lm import VideoLM
 from specvlm.strategies.fence import needs_of, sizes_of
 from specvlm.types import GenerationOptions, VideoPrompt
 
@@ -21,6 +23,7 @@ def needs_for(
     dtypes: Mapping[str, torch.dtype],
     kinds: Mapping[str, str | None],
     ranks: int = 1,
+    joined: bool = False,
 ) -> list[Need]:
     """Return the need of the target, and that of the model that drafts, if any does.
 
@@ -31,6 +34,7 @@ def needs_for(
         dtypes: Dtype of "target" and "draft".
         kinds: Their quantisation, or None.
         ranks: Number of processes that share the target.
+        joined: Whether passes of several requests are captured.
     """
     target, pruner, drafter = graph.target, graph.pruner, graph.drafter
     nodes, rows = sizes_of(drafter)
@@ -41,13 +45,18 @@ def needs_for(
         pruned = max(pruned, len(prompt))  # its signal needs a draft pass over the whole prompt
     asked = needs_of(pruner) | needs_of(drafter)
     signals = held_bytes(asked, graph.verifier.reads_hidden, target, total, dtypes["target"], ranks)
-    found = [Need(target, slots, dtypes["target"], kinds.get("target"), signals)]
+    found = [_need(target, slots, dtypes["target"], kinds.get("target"), signals, joined)]
     if drafter.model is not None:
         side = drafter.model
         model = target if side == "target" else graph.draft
         assert model is not None
-        found.append(Need(model, pruned, dtypes[side], kinds.get(side)))
+        found.append(_need(model, pruned, dtypes[side], kinds.get(side), 0, joined))
     return found
+
+
+def _need(model: VideoLM, slots: int, dtype: torch.dtype, kind: str | None, signals: int, joined: bool) -> Need:
+    """Make the need of a model, with the passes that requests share if these are captured."""
+    return Need(model, slots, dtype, kind, signals, bytes_for(model, slots, dtype) if joined else 0)
 
 
 def cache_bytes(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions | int | None = None) -> int:

@@ -11,7 +11,7 @@ from specvlm.engine.base import Engine
 from specvlm.engine.program import untested, why_not_captured
 from specvlm.errors import UserError
 
-__all__ = ["ENGINES", "Engine", "Fallback", "engine_for"]
+__all__ = ["ENGINES", "Engine", "Fallback", "captures_on", "engine_for"]
 
 ENGINES = ("auto", "eager", "graphs")
 
@@ -47,6 +47,11 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
     engine = GraphsEngine()
     engine.note = note
     return engine
+
+
+def captures_on(name: str, device: torch.device) -> bool:
+    """Whether the engine of this name captures steps on a device, once that is the current one."""
+    return name != "eager" and why_not_captured(device) is None and not (name == "auto" and untested(device))
 
 
 class Fallback(Engine):

@@ -65,10 +65,13 @@ def why_not_joined(lean: LeanText) -> str | None:
     return "it runs on several devices" if len(lean.stages) > 1 or lean.ranks.size > 1 else None
 
 
-def bytes_for(model: VideoLM, slots: int) -> int:
+def bytes_for(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
     """Estimate the bytes that a model's joined passes hold on a GPU: attention in parts, and logits of five programs.
 
-    slots: Slots of the longest cache.
+    Args:
+        model: May be a skeleton.
+        slots: Slots of the longest cache.
+        dtype: Dtype of the logits.
     """
     heads = int(model.hf.config.get_text_config().num_attention_heads)
     parts = (
@@ -77,7 +80,7 @@ def bytes_for(model: VideoLM, slots: int) -> int:
         * (model.head_dim + 1)
         * torch.float32.itemsize
     )
-    return JOINED * (parts + 5 * model.vocabulary * model.dtype.itemsize)
+    return JOINED * (parts + 5 * model.vocabulary * dtype.itemsize)
 
 
 class Keeper(Protocol):

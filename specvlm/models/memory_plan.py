@@ -18,6 +18,7 @@ from specvlm.models.quantize import stored
 from specvlm.models.video_lm import CHUNK, VideoLM
 from specvlm.parallel.torchrun import rank_here
 
+JOINED = "joined passes (estimate)"  # part of a plan
 Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipeline stage, in order
 
 
@@ -46,6 +47,7 @@ class Need:
         dtype: Dtype of its weights and cache.
         quantisation: How `load` will quantise its text layers and head, such as int8. None: not at all.
         signals: Bytes of attention and hidden states that the prefill keeps for strategies (`collect.held_bytes`).
+        joined: Bytes that captured passes of several requests hold; not of a model that is split over devices.
     """
 
     model: VideoLM
@@ -53,6 +55,7 @@ class Need:
     dtype: torch.dtype
     quantisation: str | None = None
     signals: int = 0
+    joined: int = 0
 
 
 def plan(
@@ -94,6 +97,8 @@ def plan(
         parts[places.draft] |= {"draft KV cache": cache(mine, mine.model.layers, ranks)}
     for device, needs in users.items():
         parts[device]["activations (estimate)"] = activations(needs, patches)
+        if joined := sum(need.joined for need in needs if need is not target or places.parallel is None):
+            parts[device][JOINED] = joined
     counts: list[int] = []
     stages = [(target.model.layers, places.first)]
     if places.parallel == "layers":

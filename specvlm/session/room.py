@@ -8,7 +8,6 @@ import torch
 
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.room import needs_for
-from specvlm.engine.batch import bytes_for
 from specvlm.errors import UserError
 from specvlm.models.kv_cache import pooled
 from specvlm.models.memory_plan import Need, activations, free_bytes, kv_bytes, weights
@@ -43,14 +42,14 @@ def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: Generation
     """
     models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
     dtypes = {side: model.dtype for side, model in models.items()}
-    needs = needs_for(graph, prompt, options, dtypes, {})
+    needs = needs_for(graph, prompt, options, dtypes, {}, joined=graph.engine.captures)
     patches = max(map(graph.target.vision_rows, prompt.videos), default=0)
     wanted = dict.fromkeys({stage.device for need in needs for stage in need.model.stages}, activations(needs, patches))
     for need in needs:
         for device, size in _cache(need.model, need.slots).items():
             wanted[device] += size
-        if graph.engine.captures and len(need.model.stages) == 1:
-            wanted[need.model.device] += bytes_for(need.model, need.slots)
+        if len(need.model.stages) == 1:
+            wanted[need.model.device] += need.joined
     free = {device: graph.caches.bytes_on(device, leased=False) for device in wanted}
     _check(wanted, free, "the request needs", "ask for fewer frames, fewer new tokens, or less at a time")
 

@@ -50,6 +50,9 @@ class DraftContext:
             otherwise use the cheapest one for each round.
         seed: Seed of the noise that a coupled verifier shares with the drafter (see `gumbel`). None unless `sampling`
             is coupled.
+        next_shape: Chooses the shape of the next tree, by measured costs, this request's acceptance and the requests
+            that run now; a root alone where plain decoding is faster. For drafters that may draft any shape: call it
+            once in each `propose`. None: choose a fixed shape.
     """
 
     prompt: VideoPrompt
@@ -68,6 +71,7 @@ class DraftContext:
     cache: KVCache | None = None
     captured: bool = False
     seed: int | None = None
+    next_shape: Callable[[], TreeShape] | None = None
 
     def signal(self, name: str) -> Tensor:
         """Return a signal in the shape that `SIGNALS` lists.
@@ -144,6 +148,11 @@ class Drafter(Strategy, ABC):
         If it is fixed, ranks without a draft model are sent only a tree's tokens, and its `q` if guesses are drawn.
         """
         return None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether sessions have the shapes that `DraftContext.next_shape` chooses, of at most `max_nodes` nodes."""
+        return False
 
     @property
     def max_rows(self) -> int:

@@ -35,7 +35,7 @@ COUNT, SAMPLE = 500, 15
 DRAFTERS = (*threads.DRAFTERS, None)  # None: the target alone
 PRUNERS = (UniformPruner(), TwoStagePruner(), RandomPruner())
 VERIFIERS = (GreedyVerifier(), SamplingVerifier(0.8, top_k=20), LooseVerifier(), CoupledVerifier(0.8, top_k=20))
-MOST_TURNS = 8 * (PATIENCE + 1)  # between two steps: a round has at most 6 passes, each held at most PATIENCE turns
+MOST_TURNS = 12 * (PATIENCE + 1)  # between two steps: a round has at most 10 passes, each held at most PATIENCE turns
 FATES = ("ends",) * 6 + ("cancelled", "fails", "out of memory")
 
 

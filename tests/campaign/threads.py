@@ -31,6 +31,7 @@ DRAFTERS = (
     TreeDrafter("chain:3"),
     DynamicTreeDrafter(nodes=8, depth=3, width=4),
     EntropyTreeDrafter(),
+    TreeDrafter("auto"),
     SelfDrafter("chain:3"),
     SparseDrafter(entries=64, length=3),
     PromptLookupDrafter(),

@@ -19,7 +19,7 @@ from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass, Passes, Routine, Work
 from specvlm.strategies import DraftContext, Drafter, Sampling, gumbel
 from specvlm.strategies.drafters.growing import Growth, grow, unpacked
-from specvlm.strategies.drafters.tree import PrunedSession, drafting_model
+from specvlm.strategies.drafters.pruned import PrunedSession, drafting_model
 from specvlm.types import DEEPEST, MOST_GUESSES, DraftTree, Verdict, Within
 
 if TYPE_CHECKING:

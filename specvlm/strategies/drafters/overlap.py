@@ -21,8 +21,10 @@ from specvlm.models.host_copy import HostCopy
 from specvlm.models.passes import Routine, Work
 from specvlm.strategies import DraftContext, Sampling
 from specvlm.strategies.drafters.ahead import Plan, guess, plan_of, take
-from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession, drafting_model
-from specvlm.types import DEEPEST, DraftTree, Verdict, Within
+from specvlm.strategies.drafters.pruned import drafting_model
+from specvlm.strategies.drafters.shapes import AUTO
+from specvlm.strategies.drafters.tree import TreeDrafter, TreeSession
+from specvlm.types import DEEPEST, DraftTree, TreeShape, Verdict, Within
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
@@ -72,8 +74,14 @@ class OverlapDrafter(TreeDrafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shape == AUTO:
+            raise ValueError("shape=auto is for drafter=tree and drafter=self: give a shape")
         if self.corrections < 1 or self.ahead < 0:
             raise ValueError(f"corrections must be at least 1 and ahead at least 0, got {self.corrections} and {self.ahead}")
+
+    @property
+    def fixed(self) -> TreeShape:
+        return TreeShape.parse(self.shape)
 
     @property
     def max_rows(self) -> int:
@@ -150,7 +158,7 @@ class OverlapSession(TreeSession):
         self.others = torch.zeros(len(self.expanded), more, dtype=torch.int64, device=self.device)
         self.drawn = False  # whether `races` are those of the next tree already
         self.pool = torch.zeros(self.plan.size, dtype=torch.int64, device=self.device)
-        self.passes = self.anew = 0  # passes ahead in this round; levels of the last tree that were drafted after the verdict
+        self.passes = self.late = 0  # passes ahead in this round; levels of the last tree that were drafted after the verdict
         self.q_QV: list[Tensor] = []
         self.bonuses: HostCopy | None = None
         self.taking = Routine(
@@ -166,7 +174,7 @@ class OverlapSession(TreeSession):
         found, running, most = [self.tokens, self.others.flatten()], deque[HostCopy](), min(self.limit, len(self.plan.pieces))
         self.pool = torch.cat([*found, self.pool.new_zeros(self.plan.size - sum(map(len, found)))])
         state = (self.root, self.cache.offset, *self.noise)
-        self.pace.begin(self.anew)
+        self.pace.begin(self.late)
         while self.passes < most and not (self.fitting and done()):
             while running and running[0].done:
                 running.popleft()
@@ -231,14 +239,13 @@ class OverlapSession(TreeSession):
         if first:
             self.tokens, self.others = yield self.taking((self.root, number), self.pool)
         if first < self.depth:
-            routine = self.feed_root if self.shape.children[node] else self.feed_both
             known = (self.others,) if first else ()
-            routine = self.round_of(2, first, *known) if first else routine
+            routine = self.routine(2, first, *known) if first else self.anew(bool(self.shape.children[node]))
             state = (self.root, base, node, bonus, self.cache.offset, *self.noise)
             self.tokens, q_MV, self.others = yield routine(state, self.tokens, races, *known)
         if self.sample and first:
             q_MV = self._with_those_ahead(q_MV if first < self.depth else None, number, first)
-        self.root, self.drawn, self.anew = base + 1, False, self.depth - first
+        self.root, self.drawn, self.late = base + 1, False, self.depth - first
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
     def _with_those_ahead(self, q_MV: Tensor | None, number: int, first: int) -> Tensor:

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from specvlm.errors import UserError
-from specvlm.models.passes import Routine, Work
-from specvlm.strategies import DraftContext, Drafter, DraftSession, Sampling
+from specvlm.errors import UserError, message
+from specvlm.models.passes import Pass, Routine, Work
+from specvlm.strategies import DraftContext, Drafter, Sampling
 from specvlm.strategies.drafters.expanding import expand, tables_of
+from specvlm.strategies.drafters.pruned import PrunedSession, drafting_model
+from specvlm.strategies.drafters.shapes import AUTO, ROOT, STEADY, shapes_for
 from specvlm.types import DraftTree, TreeShape, Verdict
+from specvlm.types.costs import RoundCost, read_costs
 
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
+
+AT_ONCE = 64  # rows of a pass that reads tokens without guessing
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,18 @@ class TreeDrafter(Drafter):
     the last accepted node are computed again, in the pass of the next root, if it was a leaf or the engine captures.
 
     Attributes:
-        shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]` or a .json file with such a list.
+        shape: `paper` (25 guesses), `chain:5`, `4x2x1`, a literal `[[0],[1],[0,0]]`, a .json file with such a list, or
+            `auto`: chosen for each round by measured costs, acceptance and the number of requests that run
+            (docs/guides/trees.md).
         children: `top` takes each node's best tokens; `sample` draws them without replacement from the draft's
             distribution, warped like the verifier's; `auto` goes by the verifier: it samples for `sampling`, takes the
             best tokens by score with the shared noise for `coupled`, and the best tokens for others. The output is
             exact under every lossless verifier.
+        costs: With `shape=auto`, the costs.json of `python -m specvlm.advise` to start from; without one, costs are
+            measured while decoding.
 
     Raises:
-        ValueError: The shape is malformed, or `children` is unknown.
+        ValueError: The shape is malformed, `children` is unknown, or `costs` is no such file or not for `auto`.
     """
 
     name = "tree"
@@ -53,26 +63,48 @@ class TreeDrafter(Drafter):
     model = "draft"
     shape: str = "paper"
     children: str = "auto"
+    costs: str = ""
 
     def __post_init__(self) -> None:
-        TreeShape.parse(self.shape)
+        if self.shape != AUTO:
+            TreeShape.parse(self.shape)
         if self.children not in ("auto", "top", "sample"):
             raise ValueError(f"children={self.children!r} is none of auto, top, sample")
+        if self.costs and self.shape != AUTO:
+            raise ValueError("costs is for shape=auto")
+        self.known()
+
+    def known(self) -> tuple[RoundCost, ...]:
+        """Read `costs`. Raises ValueError if it is not the file of a profile."""
+        try:
+            return read_costs(Path(self.costs), self.name) if self.costs else ()
+        except OSError as error:
+            raise ValueError(f"costs={self.costs}: {message(error)}") from None
+
+    @property
+    def shapes(self) -> tuple[TreeShape, ...]:
+        """Every shape that a tree may have."""
+        return shapes_for(captured=False) if self.shape == AUTO else (TreeShape.parse(self.shape),)
 
     @property
     def max_nodes(self) -> int:
-        return len(TreeShape.parse(self.shape))
+        return max(map(len, self.shapes))
 
     @property
-    def fixed(self) -> TreeShape:
-        return TreeShape.parse(self.shape)
+    def fixed(self) -> TreeShape | None:
+        return None if self.shape == AUTO else TreeShape.parse(self.shape)
+
+    @property
+    def adapts(self) -> bool:
+        return self.shape == AUTO
 
     def start(self, ctx: DraftContext) -> TreeSession:
-        return TreeSession(ctx, drafting_model(ctx, self.model), self.fixed, self.rule_of(ctx))
+        kind = TreeSession if self.fixed else VaryingTreeSession
+        return kind(ctx, drafting_model(ctx, self.model), max(self.shapes, key=len), self.rule_of(ctx))
 
     def rule_of(self, ctx: DraftContext) -> Sampling | None:
         """Return how children are drawn or scored; None takes the best tokens. Raises UserError if the keys conflict."""
-        widest = max(self.fixed.ranks) + 1
+        widest = max(rank for shape in self.shapes for rank in shape.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
         rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
@@ -83,47 +115,14 @@ class TreeDrafter(Drafter):
         return rule
 
 
-def drafting_model(ctx: DraftContext, which: str | None) -> VideoLM:
-    """Return the model that a drafter runs, by its attribute `model`, "draft" or "target"."""
-    model = ctx.target if which == "target" else ctx.draft
-    assert model is not None
-    return model
-
-
-class PrunedSession(DraftSession):
-    """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
-
-    A round compacts the accepted rows, then feeds the last accepted node of the old tree and the new root. The former
-    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. Where
-    routines are not captured, `TreeSession` feeds the root alone if that row is there.
-
-    Args:
-        ctx: Context of the request.
-        model: The model that drafts.
-        rows: Maximum number of rows that a round writes, the last accepted node's aside.
-    """
-
-    def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
-        self.ctx, self.model, self.device = ctx, model, model.head_device
-        prompt, keep = ctx.prompt, ctx.keep
-        features = ctx.features_ND if ctx.features_ND is not None and model is ctx.target else model.features(prompt, keep)
-        embeds, positions = model.pruned(prompt, features, keep, ctx.positions)
-        self.cache = ctx.caches.take("draft", model, len(embeds) + ctx.max_new_tokens + rows + 2)
-        model.prefill(embeds, positions, self.cache)
-        # Key of the coupled rule's noise: the seed, and the slot of the answer's first token.
-        self.noise = (ctx.seed or 0, self.cache.length)
-        self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token
-        self.free = self.cache.capacity - rows - 2  # a trial run of a routine writes from this slot on
-
-
 class TreeSession(PrunedSession):
-    """Drafts a static tree, level by level.
+    """Drafts static trees, level by level. Their shape stays, or `ctx.next_shape` chooses one for each round.
 
     Args:
         ctx: Context of the request.
         model: The model that drafts.
-        shape: Shape of the tree.
-        rule: How children are drawn or scored; None takes the best tokens.
+        shape: The shape, or the largest that may be chosen.
+        rule: How children are drawn, or scored if the rule is coupled; None takes the best tokens by logits.
         rows: Maximum number of rows that a round writes; by default those of the tree.
         more: Number of corrections to find per expanded node.
     """
@@ -138,13 +137,19 @@ class TreeSession(PrunedSession):
         self.shape, self.rule, self.sample, self.more = shape, rule, sample, more
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.tokens = torch.full((len(shape),), int(ctx.prompt.tokens[-1]), device=self.device)
-        races = (sum(map(len, shape.levels)), ctx.vocabulary) if sample else (0,)
-        self.races = torch.ones(races, dtype=torch.float64, device=self.device)
-        self.feed_both = self.round_of(2)
-        self.feed_root = self.feed_both if ctx.captured else self.round_of(1)
+        self.routines: dict[tuple[TreeShape, int, int], Routine] = {}
+        self.buffers: dict[TreeShape, Tensor] = {}
 
-    def round_of(self, fed: int, first: int = 0, *known: Tensor) -> Routine:
-        """Return the routine that drafts one round.
+    @property
+    def races(self) -> Tensor:
+        """Random numbers of the shape's expanded nodes, one row each; (0,) if children are not drawn."""
+        if self.shape not in self.buffers:
+            size = (sum(map(len, self.shape.levels)), self.ctx.vocabulary) if self.sample else (0,)
+            self.buffers[self.shape] = torch.ones(size, dtype=torch.float64, device=self.device)
+        return self.buffers[self.shape]
+
+    def routine(self, fed: int, first: int = 0, *known: Tensor) -> Routine:
+        """Return the routine that drafts a round of the current shape.
 
         `Routine.state` is for the runs that capture it, and makes them write to free slots only.
 
@@ -153,23 +158,76 @@ class TreeSession(PrunedSession):
             first: First level to expand; see `expand`.
             known: Examples of more inputs.
         """
-        tables, vocabulary = tables_of(self.shape, self.sample, self.device, fed), self.ctx.vocabulary
-        return Routine(
-            partial(expand, tables, vocabulary, self.rule, first, self.more),
-            ("tree", self.shape, vocabulary, self.rule, fed, first, self.more),
-            self.model,
-            self.cache,
-            max(2, *map(len, self.shape.levels)),
-            (self.free, self.free, 0, 0, 0, 0, 0),
-            (torch.zeros_like(self.tokens), self.races, *known),
-        )
+        shape, vocabulary = self.shape, self.ctx.vocabulary
+        if (shape, fed, first) not in self.routines:
+            tables = tables_of(shape, self.sample, self.device, fed)
+            self.routines[shape, fed, first] = Routine(
+                partial(expand, tables, vocabulary, self.rule, first, self.more),
+                ("tree", shape, vocabulary, self.rule, fed, first, self.more),
+                self.model,
+                self.cache,
+                max(2, *map(len, shape.levels)),
+                (self.free, self.free, 0, 0, 0, 0, 0),
+                (torch.zeros(len(shape), dtype=torch.int64, device=self.device), self.races, *known),
+            )
+        return self.routines[shape, fed, first]
+
+    def anew(self, there: bool) -> Routine:
+        """Return the routine that drafts a whole tree. there: Whether the last accepted node's row is there."""
+        return self.routine(1 if there and not self.ctx.captured else 2)
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
         """Draft the tree below the bonus token, which follows the last accepted node."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
+
+    def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
+        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is there."""
         base = self.root + self.shape.depths[node]
+        routine = self.anew(there)
         races = self.races.exponential_(generator=self.generator) if self.sample else None
-        routine = self.feed_root if self.shape.children[node] else self.feed_both
         self.tokens, q_MV = yield routine((self.root, base, node, bonus, self.cache.offset, *self.noise), self.tokens, races)
         self.root = base + 1
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
+
+
+class VaryingTreeSession(TreeSession):
+    """Drafts a tree of the shape that `ctx.next_shape` chooses, which may have no guesses.
+
+    Rounds without guesses run no pass of the draft. The next one that drafts first reads their tokens.
+    """
+
+    def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:
+        super().__init__(ctx, model, shape, rule)
+        self.next_shape = ctx.next_shape or partial(TreeShape.parse, STEADY)
+        self.unread: list[Tensor] = []  # (1,) tokens before the new root whose rows are missing
+
+    def propose(self, last: Verdict | None) -> Work[DraftTree]:
+        node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
+        shape, there = self.next_shape(), bool(self.shape.children[node])
+        if not there:
+            self.unread.append(self.tokens[node : node + 1])
+        if shape != self.shape:
+            node = self._leave(node, shape)
+        if shape == ROOT:
+            self.root, self.tokens = self.root + 1, torch.tensor([bonus], device=self.device)
+            return DraftTree(self.tokens, ROOT.parents, ranks=ROOT.ranks)
+        yield from self._read()
+        return (yield from self.draft(node, bonus, there))
+
+    def _leave(self, node: int, shape: TreeShape) -> int:
+        """Go on from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
+        tables = tables_of(self.shape, self.sample, self.device, 2)
+        if tables.moves:
+            self.cache.move(torch.tensor([self.root], device=self.device), tables.ways_MD[node])
+        self.root += self.shape.depths[node]
+        self.shape, self.tokens = shape, self.tokens[node : node + 1].repeat(len(shape))
+        return 0
+
+    def _read(self) -> Work[None]:
+        """Read the tokens that the draft has not seen, but for the last, which the first pass of the tree feeds."""
+        many = torch.cat(self.unread[:-1]) if len(self.unread) > 1 else torch.empty(0, dtype=torch.int64)
+        self.unread, at = [], self.root - len(many)
+        for part in many.split(AT_ONCE) if len(many) else ():
+            yield Pass(self.model, self.cache, part, range(len(part)), None, at, self.cache.offset)
+            at += len(part)

@@ -1,0 +1,323 @@
+"""How much requests guess: shapes of the trees of a round, for the most tokens per millisecond.
+
+Requests that run at the same time share a round: the target's pass over all their rows, and a draft pass for each
+level. The shape chosen for all has the highest expected tokens (the products of acceptance along each path, summed) per
+ms of that round. Where a shape is not captured, a request that accepts less may take a smaller one: one whose last rows
+are worth their cost at that rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock, RLock
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from specvlm.decoding.prices import Prices
+from specvlm.engine import Engine
+from specvlm.engine.steps import REQUESTS
+from specvlm.strategies import Drafter
+from specvlm.strategies.drafters.shapes import ROOT, shapes_for
+from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.fence import inside, sizes_of
+from specvlm.types import DraftTree, TreeShape, Verdict, children_of
+from specvlm.types.chances import expected
+from specvlm.types.costs import RoundCost, sizes_of_round
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
+
+# All constants of the decision.
+ROWS = 128  # most rows of the target's pass that trees of more than one path may fill: captured passes have no more
+FIRST, WEIGHT = 0.7, 8.0  # acceptance that is assumed, and how many guesses it counts as
+FORGETS, POOL_FORGETS = 0.97, 0.995  # weight of a verdict after each further one: of a request, of all of a pair
+REVIEW = 8  # rounds of the same requests until their shape is chosen anew
+BETTER = 1.05  # times the rate of the last shape that another must have to take its place
+TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
+STEADY = tuple(
+    shape for shape in shapes_for(captured=True) if len(shape) == shape.depth + 1
+)  # of `Share.steady`: on all engines
+RETRY = 48  # rounds without guesses until a round tries some
+
+
+class Acceptance:
+    """Chance that the best guess of a depth is right, given that those above are: Beta counts of verdicts.
+
+    Args:
+        prior: What is assumed: the acceptance of the pair's requests so far. None: FIRST of depth 1, and of a greater
+            depth what is found of the depth above.
+    """
+
+    def __init__(self, prior: Acceptance | None = None) -> None:
+        self.prior, self.forgets = prior, FORGETS if prior else POOL_FORGETS
+        self.right: list[float] = []
+        self.tried: list[float] = []
+        self._tokens: dict[TreeShape, float] = {}
+
+    def saw(self, tree: DraftTree, path: tuple[int, ...]) -> None:
+        """Add a verdict."""
+        self._tokens.clear()
+        self.right, self.tried = ([self.forgets * count for count in counts] for counts in (self.right, self.tried))
+        below, following = children_of(tree.parents), (*path[1:], -1)
+        for depth, (node, taken) in enumerate(zip(path, following, strict=True)):
+            if not below[node]:
+                break
+            if depth == len(self.tried):
+                self.right.append(0.0)
+                self.tried.append(0.0)
+            self.tried[depth] += 1
+            self.right[depth] += taken == below[node][0]
+
+    def chances(self, depth: int) -> list[float]:
+        """Return the chances of depths 1 to `depth`."""
+        found, assumed, prior = list[float](), FIRST, self.prior.chances(depth) if self.prior else []
+        for at in range(depth):
+            right, tried = (self.right[at], self.tried[at]) if at < len(self.tried) else (0.0, 0.0)
+            assumed = (right + WEIGHT * (prior[at] if prior else assumed)) / (tried + WEIGHT)
+            found.append(assumed)
+        return found
+
+    def tokens(self, shape: TreeShape) -> float:
+        """Return the tokens that a round with a tree of this shape is expected to give."""
+        if shape not in self._tokens:
+            self._tokens[shape] = 1.0 + expected(shape, self.chances(shape.depth))
+        return self._tokens[shape]
+
+
+@dataclass(eq=False)
+class Share:
+    """A running request, for the budget of its rounds.
+
+    Attributes:
+        target: Number of its target: requests with one target share passes.
+        rows: Rows of its last tree.
+        budget: The budget of its pair. None: it chooses its shapes itself.
+        most: Maximum number of nodes of its trees.
+        steady: Prices for a request whose answer depends on its guesses. Its shapes follow from these and its own
+            verdicts alone, never from a clock or other requests: the same seed gives the same answer.
+    """
+
+    target: int
+    rows: int = 1
+    budget: Budget | None = None
+    most: int = 1
+    steady: Prices | None = None
+
+    def __post_init__(self) -> None:
+        self.acceptance = Acceptance(self.budget.acceptance if self.budget and self.steady is None else None)
+        self.round: Round | None = None  # the last one in which it took part
+
+    def next_shape(self) -> TreeShape:
+        """Choose the shape of this request's next tree."""
+        assert self.budget is not None
+        shape = self.budget.shape_for(self)
+        self.rows = len(shape)
+        return shape
+
+    def saw(self, tree: DraftTree, verdict: Verdict, times_s: Mapping[str, float]) -> None:
+        """Learn from a round. times_s: as in `Step`."""
+        if self.budget is not None:
+            self.budget.saw(self, tree, verdict, times_s)
+
+
+@dataclass(eq=False)
+class Round:
+    """Shapes chosen for the requests of a round.
+
+    Attributes:
+        shape: The shape of most of them, and the deepest.
+        rate: Expected tokens per ms; 0 if the shape is a trial.
+        mine: Number of requests whose shapes the budget chooses.
+        others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
+        own: The shape of each request that has chosen since the last review.
+        shapes: The shape of each request that takes part.
+        told: Whether a request has its verdict, so that others that come begin a new round.
+        times_s: Least time of drafting, and of the check, that a request with all levels had.
+    """
+
+    shape: TreeShape
+    rate: float
+    mine: int
+    others: tuple[int, int]
+    own: dict[Share, TreeShape] = field(default_factory=dict)
+    shapes: dict[Share, TreeShape] = field(default_factory=dict)
+    told: bool = False
+    times_s: tuple[float, float] | None = None
+
+    def saw(self, shape: TreeShape, draft_s: float, check_s: float) -> None:
+        """Add a request's times. One with fewer levels waited for the others in its check."""
+        if shape.depth == self.shape.depth:
+            known = self.times_s or (draft_s, check_s)
+            self.times_s = min(known[0], draft_s), min(known[1], check_s)
+
+    def cost(self) -> RoundCost | None:
+        """Return what it cost; None if it was not measured."""
+        if self.times_s is None:
+            return None
+        (count, more), sizes = self.others, [sizes_of_round(shape) for shape in self.shapes.values()]
+        passes, rows, draft_rows = map(sum, zip(*sizes, strict=True))
+        passes = max(each[0] for each in sizes)
+        draft_ms, check_ms = (1000 * seconds for seconds in self.times_s)
+        return RoundCost(len(sizes) + count, rows + more, passes, draft_rows, draft_ms, check_ms)
+
+
+class Budget:
+    """Chooses the shapes of the requests that run on one engine with one pair. Thread-safe.
+
+    Args:
+        running: Every request that runs on the engine, and a lock for it and for the budgets of all pairs.
+        captured: Whether the engine captures each shape.
+        known: Costs measured earlier.
+    """
+
+    def __init__(self, running: Running, captured: bool, known: tuple[RoundCost, ...]) -> None:
+        self.running, self.captured, self.shapes = running, captured, shapes_for(captured)
+        self.chains = [shape for shape in self.shapes if len(shape) == shape.depth + 1]
+        self.prices, self.acceptance = Prices(known), Acceptance()
+        self.round: Round | None = None
+        self.last: Round | None = None  # not all its requests may have told their times yet
+        self.plain = 0  # rounds without guesses, one after another
+        self.number = 0  # of the round
+        self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
+
+    def shape_for(self, share: Share) -> TreeShape:
+        """Choose a request's shape: that of the round. All its requests ask before any of them has its verdict."""
+        if (steady := share.steady) is not None:
+            allowed = [shape for shape in STEADY if len(shape) <= share.most]
+            return max(allowed, key=lambda shape: self._rate([share], shape, (0, 0), steady))
+        with self.running.lock:
+            if self.round is None or self.round.told or share in self.round.shapes:
+                self._end()
+                self.last, self.round = self.round, self._begin(share.target)
+            share.round = self.round
+            share.round.shapes[share] = shape = self._own(share, self.round)
+            return shape
+
+    def saw(self, share: Share, tree: DraftTree, verdict: Verdict, times_s: Mapping[str, float]) -> None:
+        """Learn from a request's round."""
+        with self.running.lock:
+            share.acceptance.saw(tree, verdict.path)
+            if share.steady is not None:
+                return
+            self.acceptance.saw(tree, verdict.path)
+            if share.round is not None:
+                share.round.told = True
+                if "capture" not in times_s:
+                    share.round.saw(share.round.shapes[share], times_s.get("draft", 0.0), times_s.get("verify", 0.0))
+
+    def _begin(self, target: int) -> Round:
+        """Choose the shape of a round."""
+        self.number += 1
+        every = [share for share in self.running.shares if share.target == target]
+        mine = [share for share in every if share.budget is self and share.steady is None]
+        others = len(every) - len(mine), sum(share.rows for share in every) - sum(share.rows for share in mine)
+        old = self.round if self.round is not None and self.round.rate else None
+        if old is not None and self.number % REVIEW and (old.mine, old.others) == (len(mine), others):
+            return Round(old.shape, old.rate, old.mine, others, old.own)
+        allowed = self._allowed(min(share.most for share in mine), len(mine))
+        if self.trials and (trial := self.trials.pop()) in allowed:
+            return Round(trial, 0.0, len(mine), others)
+        if self.plain >= RETRY and len(allowed) > 1:
+            return Round(allowed[1], 0.0, len(mine), others)
+        rates = {shape: self._rate(mine, shape, others, self.prices) for shape in allowed}
+        best = max(allowed, key=lambda shape: rates[shape])
+        if old is not None and rates.get(old.shape, 0.0) * BETTER >= rates[best]:
+            best = old.shape
+        return Round(best, rates[best], len(mine), others)
+
+    def _end(self) -> None:
+        """Learn what the round before this one cost, since the last request of it has its verdict by now."""
+        if self.round is not None:
+            self.plain = self.plain + 1 if self.round.shape == ROOT else 0
+        if self.last is not None and (cost := self.last.cost()) is not None:
+            self.prices.saw(cost)
+
+    def _allowed(self, most: int, requests: int) -> list[TreeShape]:
+        """List the shapes whose rows fit into a pass of so many requests; first the one without guesses."""
+        most = min(most, ROWS // min(requests, REQUESTS))
+        return [shape for shape in self.shapes if len(shape) <= most]
+
+    def _rate(self, shares: Sequence[Share], shape: TreeShape, others: tuple[int, int], prices: Prices) -> float:
+        """Return the expected tokens per ms of a round in which these requests have this shape."""
+        (count, more), (passes, rows, draft_rows), many = others, sizes_of_round(shape), len(shares)
+        tokens = count + sum(share.acceptance.tokens(shape) for share in shares)
+        return tokens / prices.round_ms(many + count, many * rows + more, passes, many * draft_rows)
+
+    def _own(self, share: Share, now: Round) -> TreeShape:
+        """Return the shape of a request in a round: that of the round, or one with fewer rows if these do not pay.
+
+        Captured drafts of equal shapes are one program, so there all have the same.
+        """
+        if self.captured or not now.rate or now.shape == ROOT or len(self.running.shares) == 1:
+            return now.shape
+        row_ms, draft_row_ms = self.prices.row_ms
+
+        def worth(shape: TreeShape) -> float:
+            _, rows, draft_rows = sizes_of_round(shape)
+            return share.acceptance.tokens(shape) - now.rate * (rows * row_ms + draft_rows * draft_row_ms)
+
+        if share not in now.own:
+            now.own[share] = max([now.shape, *(one for one in self.chains if len(one) < len(now.shape))], key=worth)
+        return now.own[share]
+
+
+class Running:
+    """The requests that run on an engine."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.shares: dict[Share, None] = {}
+        self.pairs: WeakKeyDictionary[VideoLM, WeakKeyDictionary[VideoLM, dict[Hashable, Budget]]] = WeakKeyDictionary()
+
+    def budget(self, target: VideoLM, draft: VideoLM, captured: bool, known: tuple[RoundCost, ...]) -> Budget:
+        """Return the budget of a pair; it learns as long as its models and the engine live."""
+        found = self.pairs.setdefault(target, WeakKeyDictionary()).setdefault(draft, {})
+        return found.setdefault(known, Budget(self, captured, known))
+
+
+_RUNNING: WeakKeyDictionary[Engine, Running] = WeakKeyDictionary()
+_LOCK = Lock()
+
+
+@contextmanager
+def sharing(
+    engine: Engine,
+    target: VideoLM,
+    draft: VideoLM | None = None,
+    drafter: Drafter | None = None,
+    joins: bool = True,
+) -> Iterator[Share]:
+    """Context manager that counts a request among those that run on an engine, and chooses its shapes.
+
+    Args:
+        engine: The engine.
+        target: The target.
+        draft: The model that drafts, if any does.
+        drafter: Its drafter; None for the target alone.
+        joins: Whether the answer is the same whatever is guessed.
+    """
+    with _LOCK:
+        running = _RUNNING.setdefault(engine, Running())
+    share = Share(id(target)) if drafter is None else _share(running, engine, target, draft or target, drafter, joins)
+    with running.lock:
+        running.shares[share] = None
+    try:
+        yield share
+    finally:
+        with running.lock:
+            del running.shares[share]
+
+
+def _share(running: Running, engine: Engine, target: VideoLM, draft: VideoLM, drafter: Drafter, joins: bool) -> Share:
+    """Make the share of a request with a drafter."""
+    most, known = sizes_of(drafter)[0], drafter.known() if isinstance(drafter, TreeDrafter) else ()
+    with inside(drafter):
+        adapts = bool(drafter.adapts)
+    if not adapts:
+        return Share(id(target), most)
+    with running.lock:
+        budget = running.budget(target, draft, engine.captures, known)
+    # Ranks whose clocks differ must not draft different trees.
+    return Share(id(target), most, budget, most, None if joins and target.ranks.size == 1 else Prices(known))

@@ -1,0 +1,79 @@
+"""Measured times of a round that several requests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+from typing_extensions import TypedDict
+
+from specvlm.parsing.bounds import Within, parse
+from specvlm.parsing.files import json_of, read_text
+from specvlm.types.tree import TreeShape
+
+Count = Annotated[int, Within(0, 1_000_000)]
+Milliseconds = Annotated[float, Within(0, 1e9)]
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Times of a round, in ms.
+
+    Attributes:
+        requests: Requests that share it.
+        rows: Rows of the target's pass, of all requests.
+        passes: Draft passes, one after another.
+        draft_rows: Rows of these passes together, of all requests.
+        draft_ms: Time of drafting.
+        check_ms: Time of the target's pass, and of the host.
+        ratio: Share of the video tokens that the draft does not see; 0 without a draft.
+    """
+
+    requests: Annotated[int, Within(1, 4096)]
+    rows: Count
+    passes: Count
+    draft_rows: Count
+    draft_ms: Milliseconds
+    check_ms: Milliseconds
+    ratio: Annotated[float, Within(0, 1)] = 0.0
+
+    @classmethod
+    def of_shape(cls, shape: TreeShape, requests: int, draft_ms: float, check_ms: float, ratio: float = 0.0) -> RoundCost:
+        """Make the cost of a round in which each request has a tree of this shape."""
+        passes, rows, draft_rows = sizes_of_round(shape)
+        return cls(requests, rows * requests, passes, draft_rows * requests, draft_ms, check_ms, ratio)
+
+
+def sizes_of_round(shape: TreeShape) -> tuple[int, int, int]:
+    """Return a request's draft passes, rows of the target, and rows of all draft passes, for a tree of this shape."""
+    return len(shape.levels), len(shape), sum(map(len, shape.levels))
+
+
+class _Timing(TypedDict):
+    """A measured shape in costs.json."""
+
+    drafter: str
+    shape: str
+    draft_ms: Milliseconds
+    check_ms: Milliseconds
+    ratio: Annotated[float, Within(0, 1)]
+
+
+class _Profile(TypedDict):
+    """The keys of costs.json that `read_costs` reads."""
+
+    alone_ms: Milliseconds
+    timings: list[_Timing]
+    shared: NotRequired[list[RoundCost]]
+
+
+def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
+    """Read the costs.json of `python -m specvlm.advise`, for a drafter. Raises ValueError or OSError if it is none."""
+    found: _Profile = parse(_Profile, json_of(read_text(path)), f"costs={path}")
+    rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
+    for one in found["timings"]:
+        if one["drafter"] == drafter:
+            times = one["draft_ms"], one["check_ms"], one["ratio"]
+            rounds.append(RoundCost.of_shape(TreeShape.parse(one["shape"]), 1, *times))
+    return (*rounds, *found.get("shared", ()))
