@@ -215,8 +215,8 @@ def test_a_prefill_in_chunks_equals_one_of_one_pass(family, chunk):
 
 def test_passes_of_a_prefill_begin_at_fixed_slots_and_are_never_too_long(monkeypatch):
     lm, request, seen = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), []
-    forward = VideoLM.forward
-    monkeypatch.setattr(VideoLM, "forward", lambda self, *a: seen.append((len(a[0]), a[3])) or forward(self, *a))
+    layers = VideoLM._layers
+    monkeypatch.setattr(VideoLM, "_layers", lambda self, *a: seen.append((len(a[0]), a[3])) or layers(self, *a))
     lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(99), request.cut, chunk=16)
     assert {mask for _, mask in seen} == {None}  # nothing as large as rows x keys
     assert [rows for rows, _ in seen] == [16, 16, request.cut - 32, len(request) - request.cut]

@@ -32,6 +32,7 @@ from specvlm.results import metrics
 from specvlm.results.folder import write_json
 from specvlm.results.records import KeptBaseline
 from specvlm.types import Step, VideoPrompt
+from specvlm.types.pixels import pixel_digest
 
 KEYED = (".json", ".jinja", ".txt", ".safetensors")  # suffixes of the files that a checkpoint's fingerprint covers
 PIECE = 4096  # bytes hashed at the beginning, middle and end of a tensor
@@ -197,10 +198,7 @@ def digest(prompt: VideoPrompt) -> str:
     for slots in (prompt.tokens, prompt.video_index, prompt.image_index):
         add(slots)
     for pixels in (*prompt.videos, *prompt.images):
-        for name in sorted(pixels):
-            if name != "origin":  # says where the pixels come from
-                add(name)
-                add(pixels[name])
+        add(pixel_digest(pixels))
     return found.hexdigest()
 
 

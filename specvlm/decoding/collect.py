@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from specvlm.errors import UserError
 from specvlm.models.attention import AttentionCollector
+from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
@@ -87,21 +88,38 @@ def gathered(
         signals["verifier_attention_per_layer"] = collector.per_layer()
         signals["verifier_attention"] = collector.per_layer().mean(0)
     if collector.heads:
-        signals["verifier_attention_per_kv_head"] = collector.per_head()
+        signals["verifier_attention_per_kv_head"] = collector.per_head().clone()
     if collector.last_row:
         signals["verifier_attention_last_row"] = collector.last_rows()
     if collector.weigh is not None:
         signals["verifier_attention_weighted"] = collector.weighted()
     if collector.keys is not None:
-        signals["key_norm"], signals["key_norm_text"] = collector.key_norms()
+        signals["key_norm"], signals["key_norm_text"] = (norms.clone() for norms in collector.key_norms())
     if collector.sight is not None:
         signals["vision_attention"], signals["vision_keys"] = collector.sight.attention(), collector.sight.keys()
     if (states := collector.states) is not None:
         made = {"hidden_text": states.text, "final_norm": states.norm}
         made["text_similarity"] = partial(states.similarity, features_ND)
-        made["hidden"] = states.video  # last: it hands out the probe's own tensor, which `similarity` reads
+        made["hidden"] = lambda: states.video().clone()  # strategies may write to it, and later requests read it
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
+
+
+def draft_attention(
+    model: VideoLM | None, prompt: VideoPrompt, features: Tensor | Features | None, pruner: Pruner, caches: CachePool
+) -> Tensor:
+    """(L, N) attention of the last row to the unpruned video in the first `draft_layers` layers of the model that drafts.
+
+    features: Its video features; computed here if None.
+    """
+    assert model is not None
+    features_ND = model.features(prompt) if features is None else features
+    video_index = prompt.video_index.to(model.device)
+    collector = AttentionCollector(video_index, rows=False, last_row=True, depth=pruner.draft_layers)
+    with caches.lease() as lease:
+        cache = lease.take("draft", model, len(prompt))
+        model.prefill(model.embed(prompt, features_ND), model.positions(prompt), cache, collector=collector)
+    return collector.last_rows()
 
 
 def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:

@@ -14,9 +14,10 @@ import torch
 from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.models.passes import Job
+from specvlm.models.pauses import Pause
 from specvlm.types import Step
 
-Decoding: TypeAlias = Generator[Job | Step, Any, None]
+Decoding: TypeAlias = Generator[Job | Pause | Step, Any, None]
 
 PATIENCE = 8  # most turns that a pass of the largest model waits for passes of smaller ones
 NOTHING = nullcontext()
@@ -80,14 +81,14 @@ class Ticket:
         self.done, self.error = True, error
         clear_frames(error.__traceback__)
 
-    def _next(self, rows: Any) -> Job | Step:
+    def _next(self, rows: Any) -> Job | Pause | Step:
         """Resume the generator with a pass's result and store what it yields."""
         with inferring():
             item = self.work.send(rows)
         self.rows = None
         if isinstance(item, Step):
             self.steps.append(item)
-        else:
+        elif not isinstance(item, Pause):
             self.wanted = item
         return item
 

@@ -131,6 +131,12 @@ def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"] or 0.0) for span in SPANS}
 
 
+def reuse_of(steps: Sequence[Step]) -> dict[str, Any]:
+    """Tell how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
+    found = next((step.reused for step in steps if step.reused is not None), None)
+    return {"reused_tokens": None if found is None else found.tokens, "reused_s": None if found is None else found.seconds}
+
+
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     """Compute rounds, accepted_per_round, tokens_per_round, drafted_per_round and acceptance_by_depth (see KEYS)."""
     rounds = steps[1:]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.shared import SharedScheduler
 from specvlm.decoding.watch import Watch
 from specvlm.engine import Engine
@@ -51,17 +52,27 @@ class Session:
         options: Default options of calls.
         engine: Runs the passes.
         caches: KV caches, kept between calls.
+        prefixes: What calls have computed of their prompts, for later ones that begin alike; None if nothing is kept.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
         requests: Submits requests to the scheduler.
     """
 
-    def __init__(self, target: VideoLM, draft: VideoLM | None, vocabulary: int, engine: Engine, options: Options) -> None:
+    def __init__(
+        self,
+        target: VideoLM,
+        draft: VideoLM | None,
+        vocabulary: int,
+        engine: Engine,
+        options: Options,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         self.target, self.draft, self.options = target, draft, options
         self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
         models = [target, *([] if draft is None else [draft])]
-        self.scheduler = SharedScheduler(engine, target.device, room_for(models))
+        self.prefixes = prefixes
+        self.scheduler = SharedScheduler(engine, target.device, room_for(models, prefixes))
         watch = Watch(models, self.caches, engine)
-        self.requests = Requests(self.scheduler, self.caches, watch)
+        self.requests = Requests(self.scheduler, self.caches, watch, prefixes)
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
         self.graph(options)  # a default that does not fit the pair fails here
 
@@ -155,7 +166,7 @@ class Session:
         if isinstance(asked.adjust, Penalties):
             asked.adjust.check(self.target.vocabulary)
         models = (self.target, self.draft, *options.strategies())
-        return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine)
+        return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine, self.prefixes)
 
     def _streamed(self, asked: Options, graph: DecodingGraph, reading: Reading) -> TextStream:
         """Begin a stream. Raises UserError for options that only whole results can have."""

@@ -24,6 +24,18 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+class Reused(NamedTuple):
+    """Part of a prompt whose rows earlier requests had computed.
+
+    Attributes:
+        tokens: Number of prompt tokens.
+        seconds: Time that these rows took when they were computed.
+    """
+
+    tokens: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Step:
     """One decoding round: the draft tree, the verdict on it, and the tokens it adds to the output.
@@ -43,6 +55,7 @@ class Step:
         logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for them.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
             target would have chosen.
+        reused: Part of the prompt that earlier requests had computed. Set only in round 0, if any is kept.
     """
 
     tokens: tuple[int, ...]
@@ -53,6 +66,7 @@ class Step:
     attention: Tensor | None = None
     lossless: bool = True
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    reused: Reused | None = None
 
     @property
     def drafted(self) -> int:
