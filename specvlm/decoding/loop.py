@@ -220,6 +220,7 @@ class DecodingGraph:
                 cache=cache,
                 captured=self.engine.captures,
                 seed=request.key(0)[0] if self.sampling.coupled else None,
+                prefill=filled.drafting(self.pruner, self.joins),
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":

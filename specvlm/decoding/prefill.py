@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from specvlm.decoding.draft_prefix import ReusedDraftPrefill
 from specvlm.decoding.prefix_entries import Ending, Entry, Match
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.timing import Clock
@@ -20,6 +21,7 @@ from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.pauses import Pauses, finished
 from specvlm.models.video_lm import VideoLM
+from specvlm.strategies import DraftPrefill, Pruner
 from specvlm.strategies.fence import inside
 from specvlm.types import Features, Reused, VideoPrompt, joined
 from specvlm.types.pixels import LateVideo
@@ -196,6 +198,12 @@ class Prefilled(NamedTuple):
         for entry in made:
             entry.seconds = (times_s.get("embed", 0.0) + times_s.get("prefill", 0.0)) * (entry.end - entry.start) / rows
         return dict(times_s)
+
+    def drafting(self, pruner: Pruner, free: bool) -> DraftPrefill:
+        """Return what prefills the drafter's model. free: Whether no guess can change the output."""
+        if self.kept is None:
+            return DraftPrefill()
+        return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, pruner, free)
 
     def keep_answer(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep the rows of the answer, for the next turn of a chat."""

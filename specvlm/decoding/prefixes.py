@@ -190,7 +190,7 @@ class PrefixStore:
                 sleep(NAP_S)
             else:
                 progress, since = claims[0][0], monotonic()
-            yield Pause(device)
+            yield Pause(device, waits=True)
 
     def computing(self, match: Match, work: Pauses[T]) -> Pauses[T]:
         """Run a prefill, and let requests that need the same wait for it."""

@@ -16,10 +16,13 @@ Pauses: TypeAlias = "Generator[Pause, None, T]"
 class Pause:
     """A point at which a prefill may rest, so that a scheduler runs other requests in between. There is nothing to run.
 
-    device: Device of the work so far.
+    Attributes:
+        device: Device of the work so far.
+        waits: Whether it waits for another request, so that going on at once would be of no use.
     """
 
     device: torch.device
+    waits: bool = False
 
 
 def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any] = lambda pause: None) -> T:

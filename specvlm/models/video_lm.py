@@ -25,7 +25,7 @@ from specvlm.models.vision_probe import VisionProbe
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
 from specvlm.types import Features, KeepSet, TokenGrid, VideoPrompt, joined, merged
 from specvlm.types.pixels import LateVideo, PixelDigest
-from specvlm.video.video import Clip
+from specvlm.video.video import Clip, Processed
 
 FeaturesT = TypeVar("FeaturesT", Tensor, Features)
 PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single frame has more
@@ -98,12 +98,16 @@ class VideoLM(TextPasses):
         return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, places)
 
     def prompt(
-        self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = (), max_pixels: int | None = None
+        self,
+        question: str,
+        clips: Sequence[Clip | Processed] = (),
+        images: Sequence[Tensor] = (),
+        max_pixels: int | None = None,
     ) -> VideoPrompt:
         """Build the prompt of one chat turn with the checkpoint's own chat template: images, videos, then the question.
 
         Args:
-            clips: Videos from `read_video`.
+            clips: Videos from `read_video`, or `processed` ones.
             images: (3, H, W) uint8 each.
             max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
 
@@ -130,13 +134,18 @@ class VideoLM(TextPasses):
         """
         parts = checked(messages)
         clips, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
-        videos = [self.process_video(clip, max_pixels) for clip in clips]
+        videos = [clip if isinstance(clip, Processed) else self.processed(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
-        spelt = [self.spell_video(*video) for video in videos], [self.spell_image(picture) for picture in pictures]
+        spelt = [self.spell_video(*video[:2]) for video in videos], [self.spell_image(picture) for picture in pictures]
         ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt))
-        pixels = [v | {"origin": clip.origin, "digest": PixelDigest()} for (_, v), clip in zip(videos, clips, strict=True)]
         order = [part["type"] for part in parts if part["type"] != "text"]
-        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures, order)
+        return self.expand(ids, [video.grid for video in videos], [video.video for video in videos], pictures, order)
+
+    def processed(self, clip: Clip, max_pixels: int | None = None) -> Processed:
+        """Preprocess a video for a prompt. max_pixels: as in `prompt`. Raises UserError if that is not possible."""
+        grid, video = self.process_video(clip, max_pixels)
+        more = {"origin": clip.origin, "digest": PixelDigest()}
+        return Processed(grid, video | more, len(clip.frames), clip.source, clip.reader)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""

@@ -16,6 +16,7 @@ from specvlm.decoding.shared import SharedScheduler
 from specvlm.decoding.watch import Watch
 from specvlm.engine import Engine
 from specvlm.errors import UserError
+from specvlm.models.known_videos import KnownVideos
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
@@ -53,6 +54,7 @@ class Session:
         engine: Runs the passes.
         caches: KV caches, kept between calls.
         prefixes: What calls have computed of their prompts, for later ones that begin alike; None if nothing is kept.
+        videos: Files whose videos are known, and need not be decoded again; None if nothing is kept.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
         requests: Submits requests to the scheduler.
     """
@@ -69,7 +71,7 @@ class Session:
         self.target, self.draft, self.options = target, draft, options
         self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
         models = [target, *([] if draft is None else [draft])]
-        self.prefixes = prefixes
+        self.prefixes, self.videos = prefixes, None if prefixes is None else KnownVideos()
         self.scheduler = SharedScheduler(engine, target.device, room_for(models, prefixes))
         watch = Watch(models, self.caches, engine)
         self.requests = Requests(self.scheduler, self.caches, watch, prefixes)
@@ -158,7 +160,7 @@ class Session:
     def _prepared(self, prompt: Any, videos: Any, images: Any, options: dict[str, Any]) -> Asked:
         """Check the options, then read videos and images."""
         asked = self.options.asked(options)
-        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked))
+        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked, self.videos))
 
     def graph(self, options: Options) -> DecodingGraph:
         """Build the graph of a call. Raises UserError if the strategies do not fit the models."""

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 
+class DraftPrefill:
+    """Prefills the model of a session. The loop's own starts behind what earlier requests have computed."""
+
+    def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:
+        """Compute the video features of a model, as `VideoLM.features` does."""
+        return model.features(prompt, keep)
+
+    def fill(
+        self, model: VideoLM, inputs: tuple[Tensor | Features, Tensor], cache: KVCache, prompt: VideoPrompt, keep: KeepSet
+    ) -> None:
+        """Fill an empty cache with the pruned prompt. inputs: from `VideoLM.pruned`, of all features and `keep`."""
+        model.prefill(*inputs, cache)
+
+
 @dataclass(frozen=True, eq=False)
 class DraftContext:
     """Input of a draft session: one request after the target's prefill.
@@ -49,6 +63,7 @@ class DraftContext:
             otherwise use the cheapest one for each round.
         seed: Seed of the noise that a coupled verifier shares with the drafter (see `gumbel`). None unless `sampling`
             is coupled.
+        prefill: Prefills the session's model. A session that uses it starts faster if its video was seen before.
     """
 
     prompt: VideoPrompt
@@ -67,6 +82,7 @@ class DraftContext:
     cache: KVCache | None = None
     captured: bool = False
     seed: int | None = None
+    prefill: DraftPrefill = field(default_factory=DraftPrefill)
 
     def signal(self, name: str) -> Tensor:
         """Return a signal in the shape that `SIGNALS` lists.

@@ -60,7 +60,7 @@ class PixelDigest:
             return bool(was == repr(value))
         if value.is_inference() or not isinstance(was, ref):  # an inference tensor does not count its changes
             return False
-        return was() is value and version == value._version
+        return was() is value and bool(version == getattr(value, "_version", None))
 
 
 def _mark(value: Any) -> tuple[Any, object]:
