@@ -160,6 +160,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
         "repetition_penalty": graph.options.repetition_penalty or target.repetition_penalty,
         "stop_ids": sorted(target.stop_ids),
         "prompt": digest(request.prompt),
+        "reused": 0 if graph.prefixes is None else graph.prefixes.known(target, request.prompt, graph.engine),
         "max_new_tokens": request.cfg.max_new_tokens,
         "sampling": repr(graph.sampling),
         "seed": graph.options.seed if sampled else None,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specvlm.app.job import Job
-from specvlm.app.prepare import Prepared, Reading
+from specvlm.app.prepare import KEPT, Prepared, Reading
 from specvlm.app.readings import Read, Readings
 from specvlm.app.request import RequestResult, begin, threads
+from specvlm.app.samples import windows
 from specvlm.config import RunConfig
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.room import cache_bytes
@@ -58,7 +59,8 @@ class BatchJob(Job):
     def _decode_from(self, index: int, readings: Readings) -> None:
         """Decode a sample and those that come after it in this job."""
         requests: dict[int, tuple[Reading, Prepared]] = {}
-        chosen = self.todo[self.todo.index(index) :][: self.cfg.batch]
+        order = [each for window in windows(self.samples, self.cfg.turn) for each in window if each in self.todo]
+        chosen = order[order.index(index) :][: self.cfg.batch]
         self._tried.update(chosen)
         for each in chosen:
             try:
@@ -101,7 +103,8 @@ def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dic
     """Decode requests at the same time, as many as fit into memory, and return their ended tickets."""
     sizes = {index: cache_bytes(graph, request.prompt) for index, request in requests.items()}
     first = next(iter(requests.values()))
-    free = sum(memory_plan.free_bytes(d) - first.plans[d].parts["activations (estimate)"] for d in first.places.devices)
+    taken = ("activations (estimate)", KEPT)
+    free = sum(memory_plan.free_bytes(d) - sum(first.plans[d].parts.get(p, 0) for p in taken) for d in first.places.devices)
     scheduler = Scheduler(graph.engine, room=max(free + graph.caches.nbytes, *sizes.values()))
     tickets = {index: scheduler.submit(graph.work(requests[index].prompt), size) for index, size in sizes.items()}
     try:

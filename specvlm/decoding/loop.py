@@ -65,6 +65,7 @@ def autoregressive(
     verifier: Verifier,
     caches: CachePool | None = None,
     engine: Engine | None = None,
+    prefixes: PrefixStore | None = None,
 ) -> Iterator[Step]:
     """Decode with the target alone, one token per step: the reference output and the speed baseline.
 
@@ -75,9 +76,10 @@ def autoregressive(
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
         engine: Engine that runs the passes; the eager one by default.
+        prefixes: What earlier requests have computed of their prompts; by default nothing is reused.
     """
     engine = engine or Engine()
-    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
+    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine, prefixes))
 
 
 def autoregressive_work(

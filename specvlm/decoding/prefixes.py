@@ -60,12 +60,13 @@ class PrefixStore:
         misses: Those that did not.
         tokens: Prompt tokens whose rows were found.
         seconds: Time that these rows took when they were computed.
+        keeps: Whether requests add to it now, see `frozen`.
     """
 
     def __init__(self, device_bytes: int, host_bytes: int = 0) -> None:
         self.shelf = Shelf(device_bytes, host_bytes)
         self.hits = self.misses = self.tokens = 0
-        self.seconds = 0.0
+        self.seconds, self.keeps = 0.0, True
         self._lock = RLock()
         self._models: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()
         self._numbers = count()
@@ -80,12 +81,33 @@ class PrefixStore:
         root = f"{self.number(target)} {engine.runs(target)} {engine.exact(target)}"
         return PromptKeys(prompt, target.positions(prompt), root.encode())
 
+    def known(self, target: VideoLM, prompt: VideoPrompt, engine: Engine) -> int:
+        """Return the number of a prompt's tokens that are known."""
+        with self.match(self.keys(target, prompt, engine), None, engine.exact(target)) as match:
+            return match.slots
+
     def number(self, model: VideoLM) -> int:
         """Return the number that stands for a model in keys."""
         with self._lock:
             if model not in self._models:
                 self._models[model] = next(self._numbers)
             return self._models[model]
+
+    def resize(self, size: int) -> None:
+        """Change the bytes that may be kept on devices, and drop what no longer fits."""
+        with self._lock:
+            self.shelf.device_bytes = size
+            self.shelf.make_room(0)
+            self._forget_dropped()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no request of this block add to the store: for warm-ups, and for requests that are compared with another."""
+        before, self.keeps = self.keeps, False
+        try:
+            yield
+        finally:
+            self.keeps = before
 
     def empty(self) -> None:
         """Drop all that is kept."""
@@ -284,7 +306,7 @@ class PrefixStore:
     def _put(self, entry: Entry, cache: KVCache, more: Sequence[Tensor] = ()) -> bool:
         """Copy an entry's rows and put it on the shelf, if there is room."""
         size = cache.nbytes * (entry.end - entry.start) // cache.capacity + sum(part.nbytes for part in more) + entry.more
-        if not self.shelf.make_room(size, entry.parent):
+        if not self.keeps or not self.shelf.make_room(size, entry.parent):
             return False
         entry.kept = Kept([*rows_of(cache, entry.start, entry.end), *(part.clone() for part in more)])
         self.shelf.put(entry)
@@ -301,7 +323,7 @@ class PrefixStore:
     def keep_other(self, key: bytes, make: Callable[[], Sequence[Tensor]], size: int) -> None:
         """Keep tensors under a key, if there is room. make: copies them; size: their bytes."""
         with self._lock:
-            if key not in self._others and self.shelf.make_room(size):
+            if self.keeps and key not in self._others and self.shelf.make_room(size):
                 self._others[key] = item = Item(Kept(make()))
                 self.shelf.put(item)
             self._forget_dropped()

@@ -145,7 +145,7 @@ class VideoLM(TextPasses):
         """Preprocess a video for a prompt. max_pixels: as in `prompt`. Raises UserError if that is not possible."""
         grid, video = self.process_video(clip, max_pixels)
         more = {"origin": clip.origin, "digest": PixelDigest()}
-        return Processed(grid, video | more, len(clip.frames), clip.source, clip.reader)
+        return Processed(grid, video | more, len(clip.frames), clip.source, clip.reader, clip.frames.nbytes)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""

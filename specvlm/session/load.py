@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from specvlm.config import EMBEDDED, Mrope, model_folder
-from specvlm.decoding.prefix_budget import check_prefixes, store_for
+from specvlm.config import EMBEDDED, Mrope, check_prefixes, model_folder
+from specvlm.decoding.prefix_budget import store_for
 from specvlm.engine import engine_for
 from specvlm.errors import UserError, check_choice, did_you_mean
 from specvlm.models.adopt import adopted

@@ -80,6 +80,7 @@ class Processed(NamedTuple):
         frames: Number of frames that were read.
         source: The file, or another name of the video.
         reader: Name of the reader and why it was chosen; empty if none was used.
+        nbytes: Bytes of the frames before they were processed.
     """
 
     grid: TokenGrid
@@ -87,6 +88,7 @@ class Processed(NamedTuple):
     frames: int
     source: str
     reader: str
+    nbytes: int
 
 
 Sampling = Callable[[int, int], list[int]]
