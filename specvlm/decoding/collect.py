@@ -88,19 +88,19 @@ def gathered(
         signals["verifier_attention_per_layer"] = collector.per_layer()
         signals["verifier_attention"] = collector.per_layer().mean(0)
     if collector.heads:
-        signals["verifier_attention_per_kv_head"] = collector.per_head().clone()
+        signals["verifier_attention_per_kv_head"] = collector.per_head()
     if collector.last_row:
         signals["verifier_attention_last_row"] = collector.last_rows()
     if collector.weigh is not None:
         signals["verifier_attention_weighted"] = collector.weighted()
     if collector.keys is not None:
-        signals["key_norm"], signals["key_norm_text"] = (norms.clone() for norms in collector.key_norms())
+        signals["key_norm"], signals["key_norm_text"] = collector.key_norms()
     if collector.sight is not None:
         signals["vision_attention"], signals["vision_keys"] = collector.sight.attention(), collector.sight.keys()
     if (states := collector.states) is not None:
         made = {"hidden_text": states.text, "final_norm": states.norm}
         made["text_similarity"] = partial(states.similarity, features_ND)
-        made["hidden"] = lambda: states.video().clone()  # strategies may write to it, and later requests read it
+        made["hidden"] = states.video  # last: it hands out the probe's own tensor, which `similarity` reads
         signals |= {name: make() for name, make in made.items() if name in needs}
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 

@@ -65,7 +65,7 @@ class Prefill:
 
     def _computed(self, match: Match | None) -> Pauses[tuple[Tensor | Features, Tensor]]:
         """Compute what is not known. Returns the video features and the next token's logits."""
-        features_ND = joined([self.target.blank(0), *(yield from self._features(match))])
+        features_ND = joined((yield from self._features(match)) or [self.target.blank(0)])
         if match is not None and match.ending is not None:
             return features_ND, self._copied(match, match.ending)
         return features_ND, (yield from self._behind(features_ND, match))

@@ -260,10 +260,10 @@ class PrefixStore:
                 made.append(new)
                 before = new
             start = match.slots if match.texts else keys.prompt.cut
-            ending = Ending(logits_1V.clone(), collector)
             more = logits_1V.nbytes + (0 if collector is None else collector.nbytes)
-            new = Entry(Kept(()), before, more, start=start, end=len(keys.prompt), tail=keys.tail, ending=ending)
+            new = Entry(Kept(()), before, more, start=start, end=len(keys.prompt), tail=keys.tail)
             if self._put(new, cache):
+                new.ending = Ending(logits_1V.clone(), None if collector is None else collector.copy())
                 self._endings[keys.whole] = new
                 if match.alike:
                     self._texts.setdefault(keys.base, []).append(new)

@@ -8,6 +8,7 @@ windows, K keys, N video tokens, D head dimension, L layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -141,6 +142,13 @@ class AttentionCollector:
                 self.sight.parts = known
             elif self.states is not None:
                 self.states.resume(start, known)
+
+    def copy(self) -> Self:
+        """Copy the collector with all that it has collected, which strategies may write to."""
+        other = copy(self)
+        other.sight, other.states = copy(self.sight), copy(self.states)
+        other.adopt(self)
+        return other
 
     def adopt(self, other: Self) -> None:
         """Copy the signals of a collector with the same spec, which has seen the same prompt."""
