@@ -24,6 +24,7 @@ from specvlm.advise import acceptance, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
+from specvlm.advise.further import further
 from specvlm.app import compose
 from specvlm.app.cli import run_command
 from specvlm.app.console import RunConsole, not_applied, size
@@ -180,7 +181,8 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
             limit = min(wishes.tokens, cfg.max_new_tokens)
             costs, found, answer = measure(graph, job, wishes.known, trees, others, limit, screen)
             ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
-            best = conclude(screen, costs, found, len(answer) if ended else cfg.max_new_tokens, words, folder)
+            tokens, more = len(answer) if ended else cfg.max_new_tokens, further(graph, job.prompt)
+            best = conclude(screen, costs, found, tokens, words, folder, more)
             if wishes.check:
                 with screen.waiting("decoding to check"):
                     checked = [check(graph, job, candidate, others, limit) for candidate in three(found, best)]
@@ -282,14 +284,21 @@ def changes(drafter: Any) -> tuple[str, ...]:
 
 
 def conclude(
-    screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
+    screen: RunConsole,
+    costs: Costs,
+    found: Sequence[Candidate],
+    tokens: int,
+    words: Sequence[str],
+    folder: Path,
+    more: Sequence[str] = (),
 ) -> Candidate | None:
     """Show and write the advice for an answer of `tokens` tokens; returns the recommended candidate, if any.
 
-    found: all candidates; words: overrides of the run, repeated in the recommended command line.
+    found: all candidates; words: overrides of the run, repeated in the recommended command line; more: further lines.
     """
     table.show(screen, costs, found, tokens)
     best, text = recommend(costs, found, tokens)
+    text += more
     if best:
         text.append("  " + shlex.join(["python", "-m", "specvlm", *words, *best.words]))
     screen.console.print("\n".join(text))

@@ -175,7 +175,7 @@ OF_JOB = ("strategies", "versions")  # KEYS that rows leave out, since all rows 
 MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds", "accepted_per_round", "tokens_per_round",
          "drafted_per_round", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s", "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
-         "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
+         "baseline_file_to_first_token_s", "baseline_file_to_last_token_s", "reused_tokens", "reused_s")  # fmt: skip
 LAST = ("parallel", "devices", "weights", "engine", "batch")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
 HF_CHECKS = ("identical", "tie", "MISMATCH", "lossy", "not checked")

@@ -13,6 +13,7 @@ from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.shared import SharedScheduler
+from specvlm.decoding.slices import STALL_S
 from specvlm.decoding.watch import Watch
 from specvlm.engine import Engine
 from specvlm.errors import UserError
@@ -67,12 +68,13 @@ class Session:
         engine: Engine,
         options: Options,
         prefixes: PrefixStore | None = None,
+        stall_ms: float = 1000 * STALL_S,
     ) -> None:
         self.target, self.draft, self.options = target, draft, options
         self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
         models = [target, *([] if draft is None else [draft])]
         self.prefixes, self.videos = prefixes, None if prefixes is None else KnownVideos()
-        self.scheduler = SharedScheduler(engine, target.device, room_for(models, prefixes))
+        self.scheduler = SharedScheduler(engine, target.device, room_for(models, prefixes), stall_s=stall_ms / 1000)
         watch = Watch(models, self.caches, engine)
         self.requests = Requests(self.scheduler, self.caches, watch, prefixes)
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
