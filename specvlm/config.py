@@ -20,6 +20,7 @@ EMBEDDED = "embedded:"
 CHECKS = ("hf", "generate")  # check=…, by Hugging Face's own model: one pass over the answer, or its `generate`
 THREADS = max(64, 4 * (os.cpu_count() or 1))  # limit of threads=…: no machine gains by more; far more crash torch
 SHARDS = 4096  # limit of N in shard=K/N
+MOST_GIB = 4096  # limit of prefixes=…
 BATCH = 256  # limit of batch=…
 # Keys whose value names a strategy or a preset; Hydra calls them groups.
 GROUPS = ("pruner", "drafter", "verifier", "dataset", "metric", "tracker", "pair", "experiment")
@@ -109,6 +110,7 @@ class RunConfig:
     turn: Annotated[int, Within(1, 1_000_000)] = MISSING
     batch: Annotated[int, Within(1, BATCH)] = MISSING
     prefetch: Any = MISSING
+    prefixes: Any = MISSING
     record: bool = MISSING
 
 
@@ -154,6 +156,7 @@ def validate(cfg: RunConfig) -> None:
     """Raise UserError for faults that types do not show: numbers out of bounds, malformed texts, keys that conflict."""
     check(RunConfig, vars(cfg), KEY)
     _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
+    check_prefixes(cfg.prefixes)
     _expect(cfg, "prefetch", cfg.prefetch in ("auto", True, False), "auto, true or false")
     shard = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", "0/1" if cfg.shard is None else cfg.shard)
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
@@ -178,6 +181,13 @@ def validate(cfg: RunConfig) -> None:
     own = cfg.draft.device
     if own is not None and (cfg.draft.parallel or re.fullmatch(r"cpu|cuda:[0-9]{1,2}", own) is None):
         raise UserError(f"draft.device={own}: expected cuda:1, cpu or null, and no draft.parallel")
+
+
+def check_prefixes(value: object) -> None:
+    """Raise UserError for a value of `prefixes` that is none of auto, false and a number of GiB."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_GIB
+    if not (number or value is False or value == "auto"):
+        raise UserError(f"prefixes={line(str(value))}: expected auto, false, or the GiB to keep, at most {MOST_GIB:,}")
 
 
 def listed(value: Any) -> list[str]:

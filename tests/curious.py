@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specvlm.decoding.collect import collector_for, gathered
-from specvlm.decoding.loop import prefill
+from specvlm.decoding.prefill import prefill
 from specvlm.decoding.timing import Clock
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import STATE_SIGNALS, PruneContext, Pruner

@@ -104,7 +104,7 @@ def test_graphs_is_eager(family, drafter, backend):
 def test_text_behind_the_video_runs_by_the_arithmetic_of_steps(family, images, monkeypatch):
     """An exact engine, which needs a GPU, runs these rows twice. Here its arithmetic is that of plain operations."""
     monkeypatch.setattr(GraphsEngine, "exact", lambda engine, model: True)
-    monkeypatch.setattr("specvlm.engine.cuda_graphs.ROWS", 4)  # the text takes several slices
+    monkeypatch.setattr("specvlm.engine.exact_prefill.ROWS", 4)  # the text takes several slices
     request, lm = tiny.prompt(family, images=images, frames=5), tiny.model(family)
     assert request.text == request.cut < len(request) - 4
     inputs, found = (lm.embed(request, lm.features(request)), lm.positions(request)), []

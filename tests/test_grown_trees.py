@@ -14,7 +14,7 @@ import torch
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
 from specvlm.engine.cuda_graphs import GraphsEngine
-from specvlm.models.passes import finished
+from specvlm.models.pauses import finished
 from specvlm.results.metrics import acceptance_of, tokens_of
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyPace, EntropyTreeDrafter

@@ -14,7 +14,7 @@ from specvlm.decoding.loop import DecodingGraph
 from specvlm.engine import Engine
 from specvlm.engine.base import tree_pass
 from specvlm.errors import UserError
-from specvlm.models import attention, video_lm
+from specvlm.models import attention, video_lm, vision_attention
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.video_lm import VideoLM
@@ -215,8 +215,8 @@ def test_a_prefill_in_chunks_equals_one_of_one_pass(family, chunk):
 
 def test_passes_of_a_prefill_begin_at_fixed_slots_and_are_never_too_long(monkeypatch):
     lm, request, seen = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl"), []
-    forward = VideoLM.forward
-    monkeypatch.setattr(VideoLM, "forward", lambda self, *a: seen.append((len(a[0]), a[3])) or forward(self, *a))
+    layers = VideoLM._layers
+    monkeypatch.setattr(VideoLM, "_layers", lambda self, *a: seen.append((len(a[0]), a[3])) or layers(self, *a))
     lm.prefill(lm.embed(request, lm.features(request)), lm.positions(request), lm.new_cache(99), request.cut, chunk=16)
     assert {mask for _, mask in seen} == {None}  # nothing as large as rows x keys
     assert [rows for rows, _ in seen] == [16, 16, request.cut - 32, len(request) - request.cut]
@@ -252,8 +252,9 @@ def test_the_window_attention_of_the_vision_tower_equals_a_call_for_each_window(
 
 
 def test_the_vision_tower_calls_attention_once_a_layer_and_length_of_window(monkeypatch):
-    calls, real = [], attention.scaled_dot_product_attention
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **n: calls.append(a[0].shape) or real(*a, **n))
+    calls, real = [], vision_attention.scaled_dot_product_attention
+    noting = lambda *a, **n: calls.append(a[0].shape) or real(*a, **n)  # noqa: E731
+    monkeypatch.setattr(vision_attention, "scaled_dot_product_attention", noting)
     lm, (grid, video) = tiny.model("qwen2_5_vl"), tiny.video("qwen2_5_vl", frames=3, height=10, width=14)
     lm.encode_video(grid, video, None)
     # Windows of a frame: 6 of 4x4 patches, 5 cut at one side, 1 at both. That they are 3 frames makes no more calls.
@@ -320,14 +321,14 @@ def causal_instead_of_tree_mask(monkeypatch):
 
 def slot_as_position(monkeypatch):
     monkeypatch.setattr(KVCache, "position", property(lambda self: self.length))
-    prefill = VideoLM.prefill
+    prefilling = VideoLM.prefilling
 
     def without_offset(self, embeds, positions, cache, *rest, **named):
-        out = prefill(self, embeds, positions, cache, *rest, **named)
+        out = yield from prefilling(self, embeds, positions, cache, *rest, **named)
         cache.offset = 0
         return out
 
-    monkeypatch.setattr(VideoLM, "prefill", without_offset)
+    monkeypatch.setattr(VideoLM, "prefilling", without_offset)
 
 
 @pytest.mark.parametrize("fault", [no_rollback, stale_position, causal_instead_of_tree_mask, slot_as_position])

@@ -7,8 +7,6 @@ import tiny
 import torch
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive
-from specvlm.decoding.prefill import SharedPrefill
-from specvlm.decoding.scheduler import Scheduler
 from specvlm.engine import Engine
 from specvlm.engine.adjusted import penalty_for
 from specvlm.engine.cuda_graphs import GraphsEngine
@@ -91,30 +89,3 @@ def test_logprobs_are_those_of_the_plain_logits_and_change_no_token(family, engi
         assert one.logprob == pytest.approx(float(row_V[one.token]), abs=1e-5)
         assert [token for token, _ in one.top] == ids.tolist()
         assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_requests_that_share_a_prefill_have_the_tokens_of_each_alone(family, monkeypatch):
-    prompt, filled = tiny.prompt(family), []
-    prefill = Engine.prefill
-    monkeypatch.setattr(Engine, "prefill", lambda *args: filled.append(args[1]) or prefill(*args))
-    graph = graph_of(family, verifier=CoupledVerifier(1.0))
-    every = [GenerationOptions(limit, 0.5, seed=seed) for seed, limit in enumerate((1, 12, 7, 12))]
-    want = [tokens_of(list(graph.decode(prompt, options))) for options in every]
-    assert len(filled) == 4
-    scheduler = Scheduler(graph.engine)
-    with SharedPrefill(graph.target, graph.caches, len(every)) as shared:
-        tickets = [scheduler.submit(graph.work(prompt, options, shared)) for options in every]
-        assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == want
-    assert len(filled) == 5 and not graph.caches._leased
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_shared_prefill_is_given_back_even_if_a_request_never_begins(family):
-    graph, prompt = graph_of(family), tiny.prompt(family)
-    with SharedPrefill(graph.target, graph.caches, 3) as shared:
-        first = graph.work(prompt, None, shared)
-        scheduler = Scheduler(graph.engine)
-        assert tokens_of(list(scheduler.steps(scheduler.submit(first)))) == tokens_of(list(graph.decode(prompt)))
-        assert [role for role, _ in graph.caches._leased] == ["prefix"]
-    assert not graph.caches._leased

@@ -25,7 +25,8 @@ from specvlm.config import model_folder
 from specvlm.errors import UserError
 from specvlm.models import memory_plan
 from specvlm.models.load import skeleton
-from specvlm.models.video_lm import CHUNK, PATCHES, VideoLM
+from specvlm.models.text_passes import CHUNK
+from specvlm.models.video_lm import PATCHES, VideoLM
 from specvlm.results import metrics
 from specvlm.testing import tiny
 from specvlm.video.clips import find_clip

@@ -17,7 +17,8 @@ from torch.nn.functional import cosine_similarity, interpolate
 from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.config import model_folder
 from specvlm.decoding.collect import codec, collector_for, gathered, held_bytes, on_grid
-from specvlm.decoding.loop import DecodingGraph, prefill
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.prefill import prefill
 from specvlm.decoding.timing import Clock
 from specvlm.errors import UserError
 from specvlm.models import vision_probe as sight_module

@@ -29,7 +29,8 @@ from experiments.strategies.settings import (
     weighs,
 )
 from specvlm.decoding.collect import codec, collector_for, gathered
-from specvlm.decoding.loop import DecodingGraph, prefill
+from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.prefill import prefill
 from specvlm.errors import UserError
 from specvlm.models import families
 from specvlm.strategies import Pruner, plugins

@@ -1,7 +1,7 @@
 """Benchmark versions of the families, for which prefilling a video without pixels is free.
 
 A benchmark decodes one prompt dozens of times. Without pixels, features and embeddings are empty tensors on the meta
-device. `prefill` then reuses the rows of the cache's last real prefill, or fills the cache with random numbers.
+device. `prefilling` then reuses the rows of the cache's last real prefill, or fills the cache with random numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from experiments.gpu_pair.packages import family_of
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.llava_onevision import LlavaOneVision
 from specvlm.models.load import load
+from specvlm.models.pauses import Pauses
 from specvlm.models.qwen2_5_vl import Qwen2_5_VL
 from specvlm.models.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from specvlm.models.video_lm import VideoLM
+from specvlm.models.vision_probe import VisionProbe
 from specvlm.types import Features, KeepSet, VideoPrompt
 
 
@@ -35,16 +37,24 @@ class Benched(VideoLM):
             return super().features(prompt, *more, **named)
         return torch.empty(len(prompt.video_index), self.text.config.hidden_size, dtype=self.dtype, device="meta")
 
+    def encoding(self, prompt: VideoPrompt, number: int, sight: VisionProbe | None = None) -> Pauses[Tensor | Features]:
+        if prompt.videos[number]["pixels"] is not None:
+            return (yield from super().encoding(prompt, number, sight))
+        return self.features(prompt)
+
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
         if not isinstance(features_ND, Tensor) or not features_ND.is_meta:
             return super().embed(prompt, features_ND, keep)
         slots = len(prompt) if keep is None else len(prompt.kept_slots(keep.index))
         return features_ND.new_empty(slots, features_ND.shape[1])
 
-    def prefill(self, embeds_SD: Tensor | Features, positions_AS: Tensor, cache: KVCache, *more: Any, **named: Any) -> Tensor:
+    def prefilling(
+        self, embeds_SD: Tensor | Features, positions_AS: Tensor, cache: KVCache, *more: Any, **named: Any
+    ) -> Pauses[Tensor]:
         rows = len(embeds_SD)
         if not isinstance(embeds_SD, Tensor) or not embeds_SD.is_meta:
-            self.filled[cache] = rows, super().prefill(embeds_SD, positions_AS, cache, *more, **named).clone()
+            hidden_D = yield from super().prefilling(embeds_SD, positions_AS, cache, *more, **named)
+            self.filled[cache] = rows, hidden_D.clone()
         else:
             if self.filled.get(cache, (0,))[0] != rows:
                 for layer in (layer for store in cache.stores for tensor in store for layer in tensor):

@@ -23,6 +23,7 @@ from specvlm.advise import acceptance, loads, table
 from specvlm.advise.acceptance import Known
 from specvlm.advise.advice import Candidate, candidates, recommend
 from specvlm.advise.costs import CHECK, Costs, part_ms, probes, profile, watched
+from specvlm.advise.further import further
 from specvlm.advise.overlap import overlapped
 from specvlm.advise.wishes import OWN, Wishes
 from specvlm.app import compose
@@ -111,7 +112,8 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
             limit = min(wishes.tokens, cfg.max_new_tokens)
             costs, found, answer, known = measure(graph, job, wishes, trees, others, limit, screen)
             ended = len(answer) < limit or answer[-1] in graph.target.stop_ids
-            best = conclude(screen, costs, found, len(answer) if ended else cfg.max_new_tokens, words, folder)
+            tokens, more = len(answer) if ended else cfg.max_new_tokens, further(graph, job.prompt)
+            best = conclude(screen, costs, found, tokens, words, folder, more)
             crowded(screen, costs, wishes, known, trees)
             if wishes.check:
                 with screen.waiting("decoding to check"):
@@ -237,14 +239,21 @@ def changes(drafter: Any) -> tuple[str, ...]:
 
 
 def conclude(
-    screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int, words: Sequence[str], folder: Path
+    screen: RunConsole,
+    costs: Costs,
+    found: Sequence[Candidate],
+    tokens: int,
+    words: Sequence[str],
+    folder: Path,
+    more: Sequence[str] = (),
 ) -> Candidate | None:
     """Show and write the advice for an answer of `tokens` tokens; returns the recommended candidate, if any.
 
-    found: all candidates; words: overrides of the run, repeated in the recommended command line.
+    found: all candidates; words: overrides of the run, repeated in the recommended command line; more: further lines.
     """
     table.show(screen, costs, found, tokens)
     best, text = recommend(costs, found, tokens)
+    text += more
     if best:
         text.append("  " + shlex.join(["python", "-m", "specvlm", *words, *best.words]))
     screen.console.print("\n".join(text))

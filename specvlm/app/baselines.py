@@ -32,6 +32,7 @@ from specvlm.results import metrics
 from specvlm.results.folder import write_json
 from specvlm.results.records import KeptBaseline
 from specvlm.types import Step, VideoPrompt
+from specvlm.types.pixels import pixel_digest
 
 KEYED = (".json", ".jinja", ".txt", ".safetensors")  # suffixes of the files that a checkpoint's fingerprint covers
 PIECE = 4096  # bytes hashed at the beginning, middle and end of a tensor
@@ -159,6 +160,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
         "repetition_penalty": graph.options.repetition_penalty or target.repetition_penalty,
         "stop_ids": sorted(target.stop_ids),
         "prompt": digest(request.prompt),
+        "reused": 0 if graph.prefixes is None else graph.prefixes.known(target, request.prompt, graph.engine),
         "max_new_tokens": request.cfg.max_new_tokens,
         "sampling": repr(graph.sampling),
         "seed": graph.options.seed if sampled else None,
@@ -197,10 +199,7 @@ def digest(prompt: VideoPrompt) -> str:
     for slots in (prompt.tokens, prompt.video_index, prompt.image_index):
         add(slots)
     for pixels in (*prompt.videos, *prompt.images):
-        for name in sorted(pixels):
-            if name != "origin":  # says where the pixels come from
-                add(name)
-                add(pixels[name])
+        add(pixel_digest(pixels))
     return found.hexdigest()
 
 

@@ -241,10 +241,9 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
     if row["status"] != "ok":
         return (row["status"], "bold red"), f" {row['reason']}"
     parts = [f"{row['new_tokens']} tokens"]
-    if row["kept_tokens"] is not None:
-        parts.append(f"{row['kept_tokens']} of {row['video_tokens']} kept")
-    if row["accepted_per_round"] is not None:
-        parts.append(f"{row['accepted_per_round']:.2f} accepted")
+    parts += [f"{row['reused_tokens']} of {row['prompt_tokens']} reused"] * bool(row.get("reused_tokens"))
+    parts += [f"{row['kept_tokens']} of {row['video_tokens']} kept"] * (row["kept_tokens"] is not None)
+    parts += [f"{row['accepted_per_round'] or 0:.2f} accepted"] * (row["accepted_per_round"] is not None)
     parts += [f"{name} {times(row[key])}" for name, key in SPEEDUPS if row[key] is not None]
     parts += [f"{name} {score:.3g}" for name, score in (row.get("scores") or {}).items() if score is not None]
     return f"{', '.join(parts)}, ", coloured(row["verdict"])

@@ -66,7 +66,7 @@ class Job:
         self.baselines = Baselines(kept if folder else None, ranks, self.screen.note)
         self.mirror = Mirror(tracking)
         self.rows: Rows | None = None
-        self._own = object()  # makes a warm-up's key unique to this job
+        self._own = object()  # stands for this job in keys
         self._told: set[str] = set()  # notes and reasons printed so far
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
@@ -134,7 +134,7 @@ class Job:
 
     def read(self, index: int) -> Read:
         """Return a function that reads the sample's video and makes the prompt."""
-        return partial(read, self.setup, self.samples[index])
+        return partial(read, self.setup, self.samples[index], self.held.videos)
 
     def close(self) -> int:
         """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK without any."""
@@ -233,7 +233,7 @@ class Job:
 
     def _graph(self, request: Prepared, record: RequestResult) -> DecodingGraph:
         """Load the models, build the graph of a request, and print the notes of target and engine."""
-        graph = self.held.graph(request, self.ranks)
+        graph = self.held.graph(request, self.ranks, self._own)
         self._note(not_applied(graph.target.ignored_settings))
         self._note(graph.target.left_full)
         self._note(graph.engine.note)
@@ -287,7 +287,7 @@ class Job:
         eager = graph.engine.runs(graph.target) == "eager"
         if not self._all(slots <= warm and (eager or graph.caches.changes == changes)):
             with self.screen.waiting("warming up"):
-                warm_up(steps, record)
+                warm_up(steps, record, graph)
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:

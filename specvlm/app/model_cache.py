@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,13 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from specvlm.app.baselines import fingerprint
-from specvlm.app.prepare import Prepared, Reading, Setup, plan
+from specvlm.app.prepare import KEPT, Prepared, Reading, Setup, plan
 from specvlm.config import model_folder
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.prefix_budget import host_bytes
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.watch import blame, compared
 from specvlm.engine import Engine, engine_for
 from specvlm.errors import StrategyError, UserError
 from specvlm.models.integrity import CODE, Snapshot, structure, weights_of
+from specvlm.models.known_videos import KnownVideos
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.load import load, skeleton
 from specvlm.models.video_lm import VideoLM
@@ -38,6 +41,9 @@ class ModelCache:
     def clear(self) -> None:
         """Drop everything, models included."""
         self.caches = CachePool()
+        self.prefixes: PrefixStore | None = None
+        self.owner: object = None  # the job whose samples left what `prefixes` keeps
+        self.videos = KnownVideos()
         self.models: dict[Hashable, VideoLM] = {}
         self.weights: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()  # checksum at load time
         self.structures: WeakKeyDictionary[VideoLM, dict[str, Any]] = WeakKeyDictionary()  # structure at load time
@@ -48,6 +54,7 @@ class ModelCache:
     def release_memory(self) -> None:
         """Drop everything but the models, for example after a request that ran out of memory."""
         self.caches.empty()
+        self.prefixes = None
         self.engines: dict[Hashable, Engine] = {}
         # What was warmed up -> (cache slots, `caches.changes` after the warm-up).
         self.warm: dict[Hashable, tuple[int, int]] = {}
@@ -79,10 +86,16 @@ class ModelCache:
     def _reusable(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
         """Bytes per device of all caches, and of the held models with these keys, which the request uses again."""
         mine = [self.models[key] for key in keys if key in self.models]
-        return {d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) for d in setup.places.devices}
+        kept = 0 if self.prefixes is None else self.prefixes.shelf.nbytes() // len(setup.places.target)
+        kept_on = {d: kept if d in setup.places.target else 0 for d in setup.places.devices}
+        return {
+            d: sum(model.bytes_on(d) for model in mine) + self.caches.bytes_on(d) + kept_on[d] for d in setup.places.devices
+        }
 
-    def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE) -> DecodingGraph:
+    def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE, owner: object = None) -> DecodingGraph:
         """Build the graph of a request, loading the models that are not held.
+
+        owner: The job. What another one has kept of prompts is dropped, since it would make this one faster.
 
         If only rank 0 holds the draft, it is a skeleton (a model without weights) on the other ranks.
         """
@@ -107,7 +120,15 @@ class ModelCache:
             torch.cuda.set_device(places.first)  # graph capture and kernel launches use the current device
         engine = self.engines.setdefault((cfg.engine, places.first), engine_for(cfg.engine, places.first))
         strategies = (request.pruner, request.drafter, request.verifier)
-        return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine)
+        kept = self._kept(sum(plan.parts.get(KEPT, 0) for plan in request.plans.values()), places.target, owner)
+        return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine, kept)
+
+    def _kept(self, size: int, devices: Sequence[torch.device], owner: object) -> PrefixStore | None:
+        """Return what is kept of prompts, within `size` bytes; None if nothing is."""
+        if owner is not self.owner or self.prefixes is None:
+            self.prefixes, self.owner = PrefixStore(size, host_bytes(devices)), owner
+        self.prefixes.resize(size)
+        return self.prefixes if size else None
 
     def _restore_shared_state(self) -> None:
         """Undo changes that strategies made outside of a request, such as in constructors.

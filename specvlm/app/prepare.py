@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 from specvlm.config import RunConfig, home, listed, model_folder
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.prefix_budget import GIB, share_of
 from specvlm.decoding.room import needs_for
 from specvlm.engine import captures_on
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.models import memory_plan
+from specvlm.models.known_videos import KnownVideos
 from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
 from specvlm.models.partition import check_shares
 from specvlm.models.placement import Placement
@@ -25,9 +28,10 @@ from specvlm.strategies.fence import inside, needs_of
 from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.images import read_image
-from specvlm.video.video import Clip, probe, read_video
+from specvlm.video.video import Clip, Processed, probe, read_video
 
 LONGEST_QUESTION = 100_000  # characters
+KEPT = "kept prompts"  # part of a memory plan
 # Advice for a run that does not fit into memory.
 SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…), a smaller dtype or another device"
 
@@ -152,23 +156,51 @@ def own_sample(cfg: RunConfig) -> Sample:
     return Sample("", video, cfg.question or "describe the video.", more=tuple(more), images=images)
 
 
-def read(setup: Setup, sample: Sample) -> Reading:
+def read(setup: Setup, sample: Sample, known: KnownVideos | None = None) -> Reading:
     """Read the videos and images and make the prompt.
 
-    Raises MissingVideo if a video is missing, UserError if a video or an image cannot be used.
+    known: Files whose videos are known, and need not be decoded. Raises MissingVideo if a video is missing, UserError if a
+    video or an image cannot be used.
     """
     check_question(sample.question)
     start = perf_counter()
-    clips = [frames_of(setup.cfg, setup.target, replace(sample, video=video)) for video in (sample.video, *sample.more)]
+    known = known if keeps_prompts(setup.cfg, setup.places) else None
+    clips = [processed(setup, replace(sample, video=video), known) for video in (sample.video, *sample.more)]
     images = [read_image(path) for path in sample.images]
     prompt = setup.target.prompt(sample.question, clips, images, max_pixels=setup.cfg.max_pixels)
     videos = zip(clips, (sample.video, *sample.more), strict=True)
     names = [clip.source if callable(source) else source.name for clip, source in videos]
     held = [part for item in prompt.items for part in item.values() if isinstance(part, torch.Tensor)]
-    size = sum(tensor.nbytes for tensor in (*held, *images, *(clip.frames for clip in clips)))
+    size = sum(tensor.nbytes for tensor in (*held, *images)) + sum(clip.nbytes for clip in clips)
     readers = ", ".join(dict.fromkeys(clip.reader for clip in clips))
     name = ", ".join([*(path.name for path in sample.images), *names])
     return Reading(prompt, name, sample.question, perf_counter() - start, size, readers)
+
+
+def processed(setup: Setup, sample: Sample, known: KnownVideos | None) -> Processed:
+    """Read and preprocess a sample's video, unless it is known. Raises what `read` raises."""
+    cfg, target, video = setup.cfg, setup.target, sample.video
+    sample_frames = partial(frames_of, cfg, target, sample)
+    if known is None or not isinstance(video, Path):
+        return target.processed(sample_frames(), cfg.max_pixels)
+    check_name(video)
+    how = (cfg.frames, cfg.fps, cfg.reader, sample.start, sample.end)
+    return known.get(target, video, how, sample_frames, cfg.max_pixels)
+
+
+def keeps_prompts(cfg: RunConfig, places: Placement) -> bool:
+    """Whether anything is kept of prompts. A run of one question would not use it; ranks would find unlike prompts."""
+    return cfg.dataset is not None and cfg.prefixes is not False and places.ranks == 1
+
+
+def kept_bytes(cfg: RunConfig, places: Placement, left: Mapping[torch.device, int]) -> dict[torch.device, int]:
+    """Return the bytes that what is kept of prompts may take on each device. left: Bytes that nothing else needs."""
+    if not keeps_prompts(cfg, places):
+        return {}
+    devices = list(dict.fromkeys(places.target))
+    if cfg.prefixes == "auto":
+        return {device: share_of(device, max(0, left[device])) for device in devices}
+    return {device: int(GIB * cfg.prefixes) // len(devices) for device in devices}
 
 
 def reads_ahead(cfg: RunConfig, places: Placement) -> bool:
@@ -234,6 +266,8 @@ def plan(
         parts = plans[host].parts if host in plans else {}
         plans[host] = memory_plan.MemoryPlan(parts | {"the next video": reading.read_bytes})
         free.setdefault(host, memory_plan.free_bytes(host))
+    for device, size in kept_bytes(cfg, places, {d: free[d] - plans[d].total for d in places.target}).items():
+        plans[device] = memory_plan.MemoryPlan(plans[device].parts | {KEPT: size})
     for device, planned in plans.items():
         have = free[device]
         if planned.total > have:

@@ -1,7 +1,7 @@
 """Answer one request: decode with and without a drafter, compare, and summarise."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -57,10 +57,14 @@ def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Non
         memory_plan.reset_peak(device)
 
 
-def warm_up(steps: Iterator[Step], record: RequestResult) -> None:
-    """Run the first three steps of a full-length request, to grow caches and capture graphs for the real one."""
+def warm_up(steps: Iterator[Step], record: RequestResult, graph: DecodingGraph) -> None:
+    """Run the first three steps of a full-length request, to grow caches and capture graphs for the real one.
+
+    It leaves nothing that would make the real one faster.
+    """
     record.stage = "warming up"
-    list(islice(steps, 3))
+    with frozen(graph):
+        list(islice(steps, 3))
 
 
 def speculate(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Iterator[Step]:
@@ -82,8 +86,18 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: RequestResult,
 
 
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
-    """Decode with the target alone, by specvlm's own verification rule instead of the configured verifier."""
-    return autoregressive(graph.target, request.prompt, graph.options, own_rule(graph.sampling), graph.caches, graph.engine)
+    """Decode with the target alone, by specvlm's own verification rule instead of the configured verifier.
+
+    It uses what earlier samples have left, as the drafted request does, but leaves nothing itself.
+    """
+    more = (own_rule(graph.sampling), graph.caches, graph.engine, graph.prefixes)
+    with frozen(graph):
+        yield from autoregressive(graph.target, request.prompt, graph.options, *more)
+
+
+def frozen(graph: DecodingGraph) -> AbstractContextManager[None]:
+    """Let requests add nothing to what the graph keeps of prompts."""
+    return nullcontext() if graph.prefixes is None else graph.prefixes.frozen()
 
 
 def row(number: int, step: Step) -> dict[str, Any]:
@@ -119,6 +133,7 @@ def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) ->
         "prompt_tokens": len(request.prompt),
         "video_tokens": len(request.prompt.video_index),
         "kept_tokens": kept,
+        **metrics.reuse_of(steps),
         "new_tokens": len(tokens),
         **metrics.acceptance_of(steps),
         **figures,

@@ -1,7 +1,7 @@
 """Prepare the samples of a data set for results: unique ids, and metadata as plain JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from specvlm.parsing.files import nested
 from specvlm.strategies import Dataset, Sample
 from specvlm.strategies.fence import inside
 from specvlm.strategies.registry import described
+
+QUESTIONS = 8  # questions about one video that a job answers in a row, whatever its turn
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
@@ -30,6 +32,31 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
     if not samples:
         raise UserError(f"dataset={dataset.name}: it has no samples")
     return samples
+
+
+def windows(samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """Order the samples of a data set so that those of one video follow each other, and cut the order into windows.
+
+    The order and the windows depend on nothing but the data set, so they are the same in every job, interrupted or not.
+
+    Args:
+        samples: The samples.
+        size: Fewest samples of a window but the last. It ends with a video, unless that has many questions.
+
+    Returns:
+        Indices of the samples of each window.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, sample in enumerate(samples):
+        video = (sample.video, *sample.more, *sample.images, sample.start, sample.end)
+        groups.setdefault(video, []).append(index)
+    found = [list[int]()]
+    for group in groups.values():
+        for at in range(0, len(group), max(size, QUESTIONS)):
+            if len(found[-1]) >= size:
+                found.append([])
+            found[-1] += group[at : at + max(size, QUESTIONS)]
+    return found
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from specvlm.app.model_cache import MODEL_CACHE, ModelCache
 from specvlm.app.placement import places_of
 from specvlm.app.quoting import FOLDERS
 from specvlm.app.readings import Readings
+from specvlm.app.samples import windows
 from specvlm.app.together import job_class
 from specvlm.config import RunConfig
 from specvlm.errors import ExitCode, JobFailed, UserError, worst
@@ -232,19 +233,20 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
     """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
 
-    The order of jobs rotates by one after each turn, so that no job is always first. The order depends only on sample
-    indices, so it is the same in an interrupted or sharded sweep. Shards of one configuration count as one job.
+    Questions about one video follow each other, and a turn ends with a video (`samples.windows`). The order of jobs
+    rotates by one after each turn, so that no job is always first. The order depends only on the data set, so it is the
+    same in an interrupted or sharded sweep. Shards of one configuration count as one job.
     """
     folders = dict[Any, list[tuple[Job, set[int]]]]()
     for job in jobs:
         folders.setdefault(job.folder, []).append((job, set(job.todo)))
-    lanes, end = list(folders.values()), max(len(job.samples) for job in jobs)
+    lanes, cuts = list(folders.values()), {id(job): windows(job.samples, turn) for job in jobs}
     return [
         Task(window, job, index, place)
-        for window, first in enumerate(range(0, end, turn))
+        for window in range(max(map(len, cuts.values())))
         for place in range(len(lanes))
         for job, todo in lanes[(window + place) % len(lanes)]
-        for index in range(first, min(first + turn, end))
+        for index in (cuts[id(job)][window] if window < len(cuts[id(job)]) else ())
         if index in todo
     ]
 

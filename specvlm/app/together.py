@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from specvlm.app.job import Job
-from specvlm.app.prepare import Prepared, Reading
+from specvlm.app.prepare import KEPT, Prepared, Reading
 from specvlm.app.readings import Read, Readings
 from specvlm.app.request import RequestResult, begin, threads
+from specvlm.app.samples import windows
 from specvlm.config import RunConfig
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.room import cache_bytes
@@ -58,7 +59,8 @@ class BatchJob(Job):
     def _decode_from(self, index: int, readings: Readings) -> None:
         """Decode a sample and those that come after it in this job."""
         requests: dict[int, tuple[Reading, Prepared]] = {}
-        chosen = self.todo[self.todo.index(index) :][: self.cfg.batch]
+        order = [each for window in windows(self.samples, self.cfg.turn) for each in window if each in self.todo]
+        chosen = order[order.index(index) :][: self.cfg.batch]
         self._tried.update(chosen)
         for each in chosen:
             try:
@@ -114,9 +116,9 @@ def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dic
 
 
 def room_beside(request: Prepared, graph: DecodingGraph) -> int:
-    """Return the bytes that caches may take beside activations and joined passes, as a request's plan has them."""
+    """Return the bytes that caches may take beside the rest of a request's plan: activations, joined passes, kept prompts."""
     parts = [(device, request.plans[device].parts) for device in request.places.devices]
-    other = sum(found["activations (estimate)"] + found.get(memory_plan.JOINED, 0) for _, found in parts)
+    other = sum(found.get(name, 0) for _, found in parts for name in ("activations (estimate)", memory_plan.JOINED, KEPT))
     return sum(memory_plan.free_bytes(device) for device, _ in parts) - other + graph.caches.nbytes
 
 

@@ -105,6 +105,23 @@ def gathered(
     return {name: signal.to(device) for name, signal in signals.items() if name in needs}
 
 
+def draft_attention(
+    model: VideoLM | None, prompt: VideoPrompt, features: Tensor | Features | None, pruner: Pruner, caches: CachePool
+) -> Tensor:
+    """(L, N) attention of the last row to the unpruned video in the first `draft_layers` layers of the model that drafts.
+
+    features: Its video features; computed here if None.
+    """
+    assert model is not None
+    features_ND = model.features(prompt) if features is None else features
+    video_index = prompt.video_index.to(model.device)
+    collector = AttentionCollector(video_index, rows=False, last_row=True, depth=pruner.draft_layers)
+    with caches.lease() as lease:
+        cache = lease.take("draft", model, len(prompt))
+        model.prefill(model.embed(prompt, features_ND), model.positions(prompt), cache, collector=collector)
+    return collector.last_rows()
+
+
 def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Estimate the bytes that one rank holds for two large kinds of signal: hidden states, and means per KV head.
 
@@ -154,16 +171,3 @@ def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
     intra_F = torch.stack([part.mean() for part in stream.intra.split(group)])
     rows = (motion_FP, *(x_F[:, None].expand_as(motion_FP) for x_F in (size_F, intra_F)))
     return torch.stack([row.flatten() for row in rows])
-
-
-def draft_attention(model: VideoLM, prompt: VideoPrompt, features: Tensor | Features, layers: int, caches: CachePool) -> Tensor:
-    """(L, N) attention of the last row to the unpruned video in the first `layers` layers of the model that drafts.
-
-    features: Those that this model has of the video.
-    """
-    index = prompt.video_index.to(model.device)
-    collector = AttentionCollector(index, rows=False, last_row=True, depth=layers)
-    with caches.lease() as lease:
-        cache = lease.take("draft", model, len(prompt))
-        model.prefill(model.embed(prompt, features), model.positions(prompt), cache, collector=collector)
-    return collector.last_rows()

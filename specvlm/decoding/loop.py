@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from specvlm.decoding.budget import sharing
 from specvlm.decoding.collect import collector_for, draft_attention, gathered, state_layer
 from specvlm.decoding.logprobs import with_logprobs
 from specvlm.decoding.output import Output
-from specvlm.decoding.prefill import SharedPrefill, prefill
+from specvlm.decoding.prefill import Prefill
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.proposals import Proposals
 from specvlm.decoding.scheduler import alone
 from specvlm.decoding.timing import Clock
@@ -29,6 +29,7 @@ from specvlm.errors import UserError, line
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.passes import Job
+from specvlm.models.pauses import Pause
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
 from specvlm.strategies.fence import checked_tree, claims_of, inside, sizes_of
@@ -54,6 +55,7 @@ def autoregressive(
     verifier: Verifier,
     caches: CachePool | None = None,
     engine: Engine | None = None,
+    prefixes: PrefixStore | None = None,
 ) -> Iterator[Step]:
     """Decode with the target alone, one token per step: the reference output and the speed baseline.
 
@@ -64,9 +66,10 @@ def autoregressive(
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
         engine: Engine that runs the passes; the eager one by default.
+        prefixes: What earlier requests have computed of their prompts; by default nothing is reused.
     """
     engine = engine or Engine()
-    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine))
+    return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine, prefixes))
 
 
 def autoregressive_work(
@@ -76,8 +79,12 @@ def autoregressive_work(
     verifier: Verifier,
     caches: CachePool,
     engine: Engine,
-) -> Generator[Job | Step, Any, None]:
-    """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run."""
+    prefixes: PrefixStore | None = None,
+) -> Generator[Job | Pause | Step, Any, None]:
+    """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run.
+
+    prefixes: What earlier requests have computed of their prompts; by default nothing is reused.
+    """
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
     output, generator = Output.of(target, asked), verifier_generator(asked.seed)
@@ -86,13 +93,14 @@ def autoregressive_work(
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
         request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
-        _, logits_MV = prefill(target, prompt, cache, clock, engine=engine)
-        token = first_token(request, logits_MV)
+        filled = yield from Prefill(target, prompt, cache, clock, engine, None, prefixes).run()
+        token, reused = first_token(request, filled.logits_1V), filled.reused
         clock.mark("prefill")
         while True:
-            yield Step(output.take([token]), times_s=clock.lap())
+            yield Step(output.take([token]), times_s=clock.lap(), reused=reused)
             if output.done:
-                return
+                return filled.keep_answer(output.tokens, cache)
+            reused = None
             clock.resume()
             penalty.add([token])
             token = yield from engine.next(request, token)
@@ -119,6 +127,7 @@ class DecodingGraph:
         vocabulary: Both models know the token ids below this number. 0 takes the smaller vocabulary of the two.
         caches: KV caches, kept between requests.
         engine: Engine that runs the passes (see `specvlm.engine`).
+        prefixes: What earlier requests have computed of their prompts. None: nothing is reused.
     """
 
     target: VideoLM
@@ -130,6 +139,7 @@ class DecodingGraph:
     vocabulary: int = 0
     caches: CachePool = field(default_factory=CachePool)
     engine: Engine = field(default_factory=Engine)
+    prefixes: PrefixStore | None = None
 
     def __post_init__(self) -> None:
         if self.drafter.model == "draft" and self.draft is None:
@@ -150,11 +160,11 @@ class DecodingGraph:
         return alone(self.engine, self.work(prompt, options))
 
     def work(
-        self, prompt: VideoPrompt, options: GenerationOptions | int | None = None, shared: SharedPrefill | None = None
-    ) -> Generator[Job | Step, Any, None]:
+        self, prompt: VideoPrompt, options: GenerationOptions | int | None = None, prefixes: PrefixStore | None = None
+    ) -> Generator[Job | Pause | Step, Any, None]:
         """Decode as `decode` does, as a generator of passes and steps for a `Scheduler` to run.
 
-        shared: Prefill to share with other requests of this graph that have the same prompt.
+        prefixes: Use this store instead of the graph's.
         """
         target, drafter, verifier = self.target, self.drafter, self.verifier
         asked, clock = self.options.asked(options), Clock(target.device)
@@ -172,15 +182,14 @@ class DecodingGraph:
             collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
-            fill = partial(prefill, target, prompt, clock=clock, collector=collector, engine=self.engine)
-            if shared is None:
-                features_ND, logits_MV = fill(cache)
-            else:
-                features_ND, logits_MV, collector = shared.fill(cache, len(prompt), fill, collector)
-            copy = prompt.copy()  # for strategies; copied while the GPU is still busy with the prefill
+            filling = Prefill(target, prompt, cache, clock, self.engine, collector, prefixes or self.prefixes)
+            filled = yield from filling.run()
+            features_ND, logits_MV, reused, _ = filled
+            copy = filled.copy(prompt)  # for strategies; copied while the GPU is still busy with the prefill
             token = first_token(request, logits_MV)
             clock.mark("prefill")
-            first = Step(output.take([token]), times_s=clock.lap(), lossless=self.lossless)
+            times = filled.timed(clock.lap())
+            first = Step(output.take([token]), times_s=times, lossless=self.lossless, reused=reused)
             yield (yield from with_logprobs(first, output, request, logits_MV, asked.logprobs))
             if output.done:
                 return
@@ -208,6 +217,7 @@ class DecodingGraph:
                 captured=self.engine.captures,
                 seed=request.key(0)[0] if self.sampling.coupled else None,
                 next_shape=share.next_shape if share.budget else None,
+                prefill=filled.drafting(self.pruner, self.joins),
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":
@@ -231,7 +241,7 @@ class DecodingGraph:
                 step = Step(tokens, tree.on_host(), verdict, times, *seen)
                 yield (yield from with_logprobs(step, output, request, logits_MV, asked.logprobs))
                 if output.done:
-                    return
+                    return None if asked.logprobs is not None else filled.keep_answer(output.tokens, cache)
                 clock.resume()
                 penalty.add(new)
                 token, shown, attention = verdict.bonus, None, None
@@ -306,11 +316,8 @@ class DecodingGraph:
             return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
         signals = gathered(self.pruner.needs, prompt, collector, features_ND)
         if "draft_attention_last_row" in self.pruner.needs:
-            assert self._drafts is not None
-            features = features_ND if self._drafts is self.target else self._drafts.features(prompt)
-            signals["draft_attention_last_row"] = draft_attention(
-                self._drafts, prompt, features, self.pruner.draft_layers, self.caches
-            )
+            features = features_ND if self._drafts is self.target else None
+            signals["draft_attention_last_row"] = draft_attention(self._drafts, prompt, features, self.pruner, self.caches)
         context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
         with inside(self.pruner):
             keep = self.pruner.select(context)

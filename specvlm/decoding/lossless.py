@@ -31,7 +31,8 @@ from specvlm.decoding.output import Output
 from specvlm.engine import Engine
 from specvlm.engine.adjusted import penalty_for
 from specvlm.models.kv_cache import CacheLease, CachePool, KVCache
-from specvlm.models.video_lm import CHUNK, VideoLM
+from specvlm.models.text_passes import CHUNK
+from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import Sampling, Verifier
 from specvlm.strategies.verifiers.coupled import CoupledVerifier
 from specvlm.strategies.verifiers.greedy import GreedyVerifier

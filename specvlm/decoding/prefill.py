@@ -1,100 +1,211 @@
-"""Prefill the target with a prompt, once for a request or once for several that share the prompt."""
+"""Prefill the target with a prompt, behind the beginning that earlier requests have computed.
+
+Shape suffixes: S prompt tokens, Q tokens to run, N video tokens, A rotary axes, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import NamedTuple
 
 from torch import Tensor
 
+from specvlm.decoding.draft_prefix import ReusedDraftPrefill
+from specvlm.decoding.prefix_entries import Ending, Entry, Match
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.timing import Clock
 from specvlm.engine import Engine
 from specvlm.models.attention import AttentionCollector
-from specvlm.models.kv_cache import CachePool, KVCache
+from specvlm.models.kv_cache import KVCache
+from specvlm.models.pauses import Pauses, finished
 from specvlm.models.video_lm import VideoLM
+from specvlm.strategies import DraftPrefill, Pruner
 from specvlm.strategies.fence import inside
-from specvlm.types import Features, VideoPrompt
+from specvlm.types import Features, Reused, VideoPrompt, joined
+from specvlm.types.pixels import LateVideo
 
 
-class Prefilled(NamedTuple):
-    """What a shared prefill leaves besides the rows in the cache.
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """One request's prefill.
 
     Attributes:
-        features_ND: Video features.
-        logits_1V: Logits of the next token.
-        collector: Signals recorded on the way, or None.
+        target: The target.
+        prompt: The prompt.
+        cache: The target's cache for the request, empty.
+        clock: Times the stages.
+        engine: Runs the passes.
+        collector: Collects signals on the way; None if none are needed.
+        prefixes: What earlier requests have computed; None to compute all and to keep nothing.
     """
 
-    features_ND: Tensor | Features
-    logits_1V: Tensor
-    collector: AttentionCollector | None
+    target: VideoLM
+    prompt: VideoPrompt
+    cache: KVCache
+    clock: Clock
+    engine: Engine
+    collector: AttentionCollector | None = None
+    prefixes: PrefixStore | None = None
+
+    def run(self) -> Pauses[Prefilled]:
+        """Fill the cache, with pauses in between."""
+        store = self.prefixes
+        if store is None or self.target.ranks.size > 1:  # ranks may find unlike prefixes, and would wait for each other
+            return Prefilled(*(yield from self._computed(None)))
+        keys = store.keys(self.target, self.prompt, self.engine)
+        yield from store.wait(keys, self.target.device)
+        with store.match(keys, self.collector, self.engine.exact(self.target)) as match:
+            reused = store.count(match, match.slots if match.ending else self._known(match))
+            features_ND, logits_1V = yield from store.computing(match, self._computed(match))
+            made = [] if match.ending else store.keep(match, self.cache, self.collector, logits_1V)
+        last = match.last if match.ending else next((one for one in made if one.ending), None)
+        return Prefilled(features_ND, logits_1V, reused, Kept(store, match, last, made))
+
+    def _computed(self, match: Match | None) -> Pauses[tuple[Tensor | Features, Tensor]]:
+        """Compute what is not known. Returns the video features and the next token's logits."""
+        features_ND = joined((yield from self._features(match)) or [self.target.blank(0)])
+        if match is not None and match.ending is not None:
+            return features_ND, self._copied(match, match.ending)
+        return features_ND, (yield from self._behind(features_ND, match))
+
+    def _known(self, match: Match) -> int:
+        """Number of the prompt's rows that need not be computed."""
+        return match.slots if self.engine.exact(self.target) else self._begin(match)
+
+    def _features(self, match: Match | None) -> Pauses[list[Tensor | Features]]:
+        """Return the features of each video: kept ones, or new ones, which are then kept."""
+        sight, found = None if self.collector is None else self.collector.sight, list[Tensor | Features]()
+        recorded = 0 if match is None else len(match.videos)  # of these videos, the tower's signals are known
+        if match is not None and self.collector is not None and self.collector.of_video and recorded:
+            self.collector.resume(self._begin(match), [entry.recorded() for entry in match.videos])
+        for number in range(len(self.prompt.videos)):
+            probe = sight if number >= recorded else None
+            kept = None if match is None or probe is not None else self._kept_features(match, number)
+            if kept is None:
+                kept = yield from self.target.encoding(self.prompt, number, probe)
+                if match is not None:
+                    self._keep_features(match, number, kept)
+            found.append(kept)
+        return found
+
+    def _feature_key(self, match: Match, number: int) -> bytes:
+        assert self.prefixes is not None
+        return sha256(f"features {self.prefixes.number(self.target)} {match.keys.videos[number]}".encode()).digest()
+
+    def _kept_features(self, match: Match, number: int) -> Tensor | Features | None:
+        assert self.prefixes is not None
+        kept = self.prefixes.other(self._feature_key(match, number))
+        return None if kept is None else kept[0] if len(kept) == 1 else Features(*kept)
+
+    def _keep_features(self, match: Match, number: int, features: Tensor | Features) -> None:
+        assert self.prefixes is not None
+        parts = (features.rows, features.added) if isinstance(features, Features) else (features,)
+        size = sum(part.nbytes for part in parts)
+        self.prefixes.keep_other(self._feature_key(match, number), lambda: [part.clone() for part in parts], size)
+
+    def _begin(self, match: Match) -> int:
+        """First slot that is computed by the modules of Hugging Face.
+
+        Signals of the text need all of its rows. So do the exact rows behind the video, which the engine fills itself.
+        """
+        cut, reads = self.prompt.cut, self.collector is not None and self.collector.reads_text
+        return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
+
+    def _behind(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
+        """Run the target over what is not known. Returns the next token's logits, (1, V)."""
+        target, prompt, cache = self.target, self.prompt, self.cache
+        begin = 0 if match is None else self._begin(match)
+        positions_AS = target.positions(prompt) if match is None else match.keys.positions_AS
+        if match is not None and begin:
+            match.write(cache, 0, begin)
+        if begin and begin >= prompt.text:
+            embeds_QD = target.embed_text(prompt.tokens[begin:])
+        else:
+            embeds_QD = target.embed(prompt, features_ND)[begin:]
+        if self.collector is not None:
+            with inside(getattr(self.collector.weigh, "__self__", "pruner")):
+                rows_TD = embeds_QD[max(0, prompt.cut - begin) :]
+                self.collector.weigh_rows(rows_TD, features_ND, target.ranks)
+        self.clock.mark("embed")
+        more = match is not None and match.slots > prompt.cut
+        refill = (lambda: match.write(cache, prompt.cut, match.slots)) if more and match is not None else None
+        inputs = (embeds_QD, positions_AS[:, begin:])
+        return (yield from self.engine.prefilling(target, prompt, inputs, cache, self.collector, refill))
+
+    def _copied(self, match: Match, ending: Ending) -> Tensor:
+        """Take over all that a prefill of the same prompt has left. Returns the next token's logits, (1, V)."""
+        match.write(self.cache, 0, len(self.prompt))
+        self.cache.offset = int(match.keys.positions_AS[:, -1].max()) + 1 - len(self.prompt)
+        if self.collector is not None and ending.collector is not None:
+            self.collector.adopt(ending.collector)
+        self.clock.mark("embed")
+        return ending.logits_1V.clone()  # a verifier may write to them
 
 
 def prefill(
     target: VideoLM, prompt: VideoPrompt, cache: KVCache, clock: Clock, collector: AttentionCollector | None = None,
     engine: Engine | None = None,
 ) -> tuple[Tensor | Features, Tensor]:  # fmt: skip
-    """Fill the target's cache with the prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
-    features_ND = target.features(prompt, sight=collector.sight) if collector and collector.sight else target.features(prompt)
-    embeds_SD = target.embed(prompt, features_ND)
-    if collector is not None:
-        with inside(getattr(collector.weigh, "__self__", "pruner")):
-            collector.weigh_rows(embeds_SD[prompt.cut :], features_ND, target.ranks)
-    clock.mark("embed")
-    return features_ND, (engine or Engine()).prefill(target, prompt, (embeds_SD, target.positions(prompt)), cache, collector)
+    """Fill the target's cache with a prompt. Returns the video features (N, D) and the next token's logits (1, V)."""
+    filled = finished(Prefill(target, prompt, cache, clock, engine or Engine(), collector).run())
+    return filled.features_ND, filled.logits_1V
 
 
-class SharedPrefill:
-    """One prefill of the target for `count` requests that share prompt and strategies.
+class Kept(NamedTuple):
+    """What the store has of a request's prompt.
 
-    The first request fills a cache of its own, from which each of them copies. The cache is given back after the last
-    copy, or by `close` if a request ended before it began.
+    Attributes:
+        store: The store.
+        match: What was known of the prompt, and its keys.
+        last: Entry with the prompt's last row; None if it was not kept.
+        made: Entries that the request has added.
     """
 
-    def __init__(self, target: VideoLM, caches: CachePool, count: int) -> None:
-        self._target, self._left = target, count
-        self._lease, self._closed = caches.lease(), False
-        self._held: tuple[KVCache, Prefilled] | None = None
+    store: PrefixStore
+    match: Match
+    last: Entry | None
+    made: Sequence[Entry]
 
-    def fill(
-        self,
-        cache: KVCache,
-        slots: int,
-        make: Callable[[KVCache], tuple[Tensor | Features, Tensor]],
-        collector: AttentionCollector | None,
-    ) -> Prefilled:
-        """Fill a request's cache.
 
-        Args:
-            cache: The request's cache, empty.
-            slots: Number of tokens in the prompt.
-            make: Runs `prefill` on an empty cache.
-            collector: What `make` collects signals with.
-        """
-        if self._closed:  # the request is about to be cancelled, or the last one had its copy
-            return Prefilled(*make(cache), collector)
-        try:
-            if (held := self._held) is None:
-                source = self._lease.take("prefix", self._target, slots)
-                held = self._held = source, Prefilled(*make(source), collector)
-            source, found = held
-            cache.copy(source)
-            self._left -= 1
-        except BaseException:
-            self._held = None
-            self._lease.release()
-            raise
-        if self._left == 0 or self._closed:  # another thread may have closed it meanwhile
-            self.close()
-        return found._replace(logits_1V=found.logits_1V.clone())  # a verifier may write to them
+class Prefilled(NamedTuple):
+    """What a prefill leaves besides the rows in the cache.
 
-    def close(self) -> None:
-        """Give the cache back."""
-        self._closed, self._held = True, None
-        self._lease.release()
+    Attributes:
+        features_ND: Video features.
+        logits_1V: Logits of the next token.
+        reused: How much of the prompt was known; None without a store.
+        kept: What the store has of the prompt; None without a store.
+    """
 
-    def __enter__(self) -> Self:
-        return self
+    features_ND: Tensor | Features
+    logits_1V: Tensor
+    reused: Reused | None = None
+    kept: Kept | None = None
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def copy(self, prompt: VideoPrompt) -> VideoPrompt:
+        """Copy the prompt for strategies. If its videos were known, pixels are copied only once they are asked for."""
+        if self.kept is None or not self.reused or self.reused.tokens < prompt.cut:
+            return prompt.copy()
+        pairs = zip(prompt.videos, self.kept.match.keys.videos, strict=True)
+        return replace(prompt.copy(), videos=tuple(LateVideo.of(video, digest).copy() for video, digest in pairs))
+
+    def timed(self, times_s: Mapping[str, float]) -> dict[str, float]:
+        """Note how long the prefill took; returns the times as they are."""
+        made = () if self.kept is None else self.kept.made
+        rows = sum(entry.end - entry.start for entry in made)
+        for entry in made:
+            entry.seconds = (times_s.get("embed", 0.0) + times_s.get("prefill", 0.0)) * (entry.end - entry.start) / rows
+        return dict(times_s)
+
+    def drafting(self, pruner: Pruner, free: bool) -> DraftPrefill:
+        """Return what prefills the drafter's model. free: Whether no guess can change the output."""
+        if self.kept is None:
+            return DraftPrefill()
+        return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, pruner, free)
+
+    def keep_answer(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Keep the rows of the answer, for the next turn of a chat."""
+        if self.kept is not None:
+            self.kept.store.keep_answer(self.kept.match, self.kept.last, tokens, cache)

@@ -3,93 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from traceback import clear_frames
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
 
-import torch
-
+from specvlm.decoding.slices import STALL_S, Slices
+from specvlm.decoding.ticket import Decoding, Ticket, inferring
 from specvlm.engine import Engine
 from specvlm.errors import UserError
-from specvlm.models.passes import Job
 from specvlm.types import Step
 
-Decoding: TypeAlias = Generator[Job | Step, Any, None]
+__all__ = ["PATIENCE", "Decoding", "Scheduler", "Ticket", "alone", "inferring"]
 
 PATIENCE = 8  # most turns that a pass of the largest model waits for passes of smaller ones
-NOTHING = nullcontext()
-
-
-def inferring() -> AbstractContextManager[None]:
-    """Make a context manager that turns torch's inference mode on, unless it is; a strategy may have turned it off."""
-    return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A submitted request.
-
-    Attributes:
-        work: The request's generator of passes and steps.
-        steps: Steps not read yet.
-        error: Exception that ended the request, if any.
-        done: Whether the request has ended.
-        wanted: Pass that the request waits for, if any.
-        rows: Result of the request's last pass, until the request is resumed with it.
-        size: Bytes of KV caches that the request leases.
-        held: Number of turns that the pass in `wanted` has waited for those of smaller models.
-    """
-
-    work: Decoding
-    size: int = 0
-    steps: deque[Step] = field(default_factory=deque)
-    error: BaseException | None = None
-    done: bool = False
-    wanted: Job | None = None
-    rows: Any = None
-    held: int = 0
-
-    def advance(self, on: bool) -> None:
-        """Run the request up to its next pass, its next step or its end.
-
-        Stores an exception of the request; one that is not an Exception, such as KeyboardInterrupt, is raised as well.
-
-        on: After a step, run on to the next pass, step or end.
-        """
-        try:
-            item = self._next(self.rows)
-            if isinstance(item, Step) and on:
-                self._next(None)
-        except StopIteration:
-            self.done = True
-        except BaseException as error:  # the reader must not take the steps so far for a whole answer
-            self._ended_by(error)
-            if not isinstance(error, Exception):
-                raise
-
-    def fail(self, error: Exception) -> None:
-        """End the request with an error and release its caches now, since its steps may never be read."""
-        self._ended_by(error)
-        with inferring():
-            self.work.close()
-
-    def _ended_by(self, error: BaseException) -> None:
-        """Store the error that ended the request, without the tensors in the frames of its traceback."""
-        self.done, self.error = True, error
-        clear_frames(error.__traceback__)
-
-    def _next(self, rows: Any) -> Job | Step:
-        """Resume the generator with a pass's result and store what it yields."""
-        with inferring():
-            item = self.work.send(rows)
-        self.rows = None
-        if isinstance(item, Step):
-            self.steps.append(item)
-        else:
-            self.wanted = item
-        return item
 
 
 class Scheduler:
@@ -108,6 +32,7 @@ class Scheduler:
             keeps for later requests do not count.
         most: Maximum number of requests that run at the same time. None: any number. With tensor parallelism give 1:
             ranks that take unlike turns would wait for each other for ever.
+        stall_s: Seconds that prefills of others may delay a step of a request that decodes.
 
     Attributes:
         live: Requests that run.
@@ -116,10 +41,10 @@ class Scheduler:
         run: Number of engine calls that served them.
     """
 
-    def __init__(self, engine: Engine, room: int | None = None, most: int | None = None) -> None:
+    def __init__(self, engine: Engine, room: int | None = None, most: int | None = None, stall_s: float = STALL_S) -> None:
         if most is not None and most < 1:
             raise UserError(f"most={most}: at least 1 request must be able to run")
-        self.engine, self.room, self.most = engine, room, most
+        self.engine, self.room, self.most, self.slices = engine, room, most, Slices(stall_s)
         self.live: list[Ticket] = []
         self.waiting: deque[Ticket] = deque()
         self.asked = self.run = 0
@@ -151,12 +76,16 @@ class Scheduler:
         return Ticket(work, size)
 
     def turn(self) -> None:
-        """Advance every request to its next pass, then run the pending passes; a lone request also stops at a step."""
+        """Advance every request to its next pass, then run the pending passes; a lone request also stops at a step.
+
+        Prefills get a slice of the turn, see `Slices`.
+        """
         self._admit()
         together = len(self.live) > 1  # a single request pauses at each step, so that it is read at once
         for ticket in self.live:
-            if ticket.wanted is None:  # otherwise its pass was held back, or an interrupt came before it ran
+            if ticket.wanted is None and ticket.resting is None:  # otherwise its pass was held back, or has not run
                 ticket.advance(together)
+        self.slices.run(self.live, together)
         self.live = [ticket for ticket in self.live if not ticket.done]
         for group in self._groups():
             self.asked += len(group)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from specvlm.decoding.scheduler import Decoding, Scheduler, Ticket, inferring
+from specvlm.decoding.slices import STALL_S
 from specvlm.engine import Engine
 from specvlm.errors import UserError
 from specvlm.types import Step
@@ -28,10 +29,18 @@ class SharedScheduler:
         device: Device of the models. If it is a GPU, each thread makes it its current one.
         room: As in `Scheduler`.
         most: As in `Scheduler`.
+        stall_s: As in `Scheduler`.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, room: int | None = None, most: int | None = None) -> None:
-        self._scheduler, self._device = Scheduler(engine, room, most), device
+    def __init__(
+        self,
+        engine: Engine,
+        device: torch.device,
+        room: int | None = None,
+        most: int | None = None,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._scheduler, self._device = Scheduler(engine, room, most, stall_s), device
         self._changed = Condition()  # guards all below, and tells of the end of a turn
         self._runner: int | None = None  # the thread that runs a turn
         self._new: list[Ticket] = []

@@ -12,7 +12,8 @@ from torch import Tensor
 from specvlm.engine.joined import run_joined
 from specvlm.engine.repetition import RepetitionPenalty
 from specvlm.models.kv_cache import KVCache
-from specvlm.models.passes import Call, Jobs, Pass, Rows, Work, driven, finished
+from specvlm.models.passes import Call, Jobs, Pass, Rows, Work, driven
+from specvlm.models.pauses import Pauses, finished
 from specvlm.strategies import Sampling, Verifier, VerifyContext
 from specvlm.strategies.fence import checked_verdict, inside
 from specvlm.strategies.verifiers.coupled import own_rule
@@ -121,11 +122,30 @@ class Engine:
     def prefill(
         self, target: VideoLM, prompt: VideoPrompt, inputs: Inputs, cache: KVCache, collector: AttentionCollector | None = None
     ) -> Tensor:
-        """Fill an empty cache of the target with a prompt. Returns the next token's logits, (1, V).
+        """Do what `prefilling` does, without a pause."""
+        return finished(self.prefilling(target, prompt, inputs, cache, collector))
 
-        inputs: Embeddings and positions of the prompt. collector: As in `VideoLM.prefill`.
+    def prefilling(
+        self,
+        target: VideoLM,
+        prompt: VideoPrompt,
+        inputs: Inputs,
+        cache: KVCache,
+        collector: AttentionCollector | None = None,
+        refill: Callable[[], None] | None = None,
+    ) -> Pauses[Tensor]:
+        """Fill a cache of the target with a prompt. Returns the next token's logits, (1, V).
+
+        Args:
+            target: The target.
+            prompt: The prompt.
+            inputs: Embeddings and positions of its tokens behind those whose rows the cache holds.
+            cache: The cache.
+            collector: As in `VideoLM.prefilling`.
+            refill: Of an exact engine: writes rows behind the video that are known, once signals have been collected.
         """
-        return target.head(target.prefill(*inputs, cache, prompt.cut, collector)[None])
+        hidden_D = yield from target.prefilling(*inputs, cache, prompt.cut, collector, joints=prompt.joints)
+        return target.head(hidden_D[None])
 
     def next(self, request: Request, token: int) -> Jobs[int]:
         """Decode one token without drafting: run the target over its last token and return the next one."""

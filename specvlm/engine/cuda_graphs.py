@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import pairwise
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
@@ -28,12 +27,14 @@ from specvlm.engine.batch import Batch, why_not_joined
 from specvlm.engine.checking import Paths
 from specvlm.engine.contexts import paths_of
 from specvlm.engine.drafts import draft, routine_of
+from specvlm.engine.exact_prefill import exact_prefilling
 from specvlm.engine.lean import ROWS, LeanText, run_pass, run_tree, why_not
 from specvlm.engine.program import CapturePool, Program, why_not_captured
 from specvlm.engine.steps import Check, Drafting
 from specvlm.models.host_copy import HostCopy
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Call, Jobs, Pass, Rows
+from specvlm.models.pauses import Pauses
 from specvlm.strategies import Verifier, uniform
 from specvlm.types import DraftTree, Verdict, VideoPrompt
 
@@ -68,21 +69,22 @@ class GraphsEngine(Engine):
 
     # ---- target steps -----------------------------------------------------------------------------------------------
 
-    def prefill(
-        self, target: VideoLM, prompt: VideoPrompt, inputs: Inputs, cache: KVCache, collector: AttentionCollector | None = None
-    ) -> Tensor:
-        """Prefill as the eager engine does, then run the text after the last video or image again, by steps' arithmetic.
+    def prefilling(
+        self,
+        target: VideoLM,
+        prompt: VideoPrompt,
+        inputs: Inputs,
+        cache: KVCache,
+        collector: AttentionCollector | None = None,
+        refill: Callable[[], None] | None = None,
+    ) -> Pauses[Tensor]:
+        """Prefill as the eager engine does; of an exact model, as `exact_prefilling` does.
 
-        So its rows do not depend on each other's number either: a kept video with another question has the same bits.
-        A prompt without a video, none of which could be kept, has the first result alone.
+        A prompt without a video, none of which could be kept, has the eager engine's result alone.
         """
-        logits_1V, start = super().prefill(target, prompt, inputs, cache, collector), prompt.text
-        if not prompt.cut or start == len(prompt) or not self.exact(target):
-            return logits_1V
-        for first, end in pairwise([start, *range(start // ROWS * ROWS + ROWS, len(prompt), ROWS), len(prompt)]):
-            tokens_Q = prompt.tokens[first:end]
-            (rows,) = self.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, cache.offset)])
-        return rows.logits(1)
+        if not prompt.cut or prompt.text == len(prompt) or not self.exact(target):
+            return (yield from super().prefilling(target, prompt, inputs, cache, collector))
+        return (yield from exact_prefilling(self, target, prompt, inputs, cache, collector, refill))
 
     def next(self, request: Request, token: int) -> Jobs[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here

@@ -15,7 +15,8 @@ from specvlm.engine.contexts import SLOTS, Layout, Shape, addresses, capturing, 
 from specvlm.engine.lean import LeanText, run_pass
 from specvlm.engine.program import Program
 from specvlm.engine.steps import Drafting, clamped, grouped, or_none, side_by_side
-from specvlm.models.passes import Call, Pass, Rows, finished
+from specvlm.models.passes import Call, Pass, Rows
+from specvlm.models.pauses import finished
 
 _OF_PASSES = ("tokens_Q", "base", "offset")
 

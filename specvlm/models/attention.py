@@ -7,7 +7,8 @@ Shape suffixes: H heads (KV heads if G is present), G query heads per KV head, Q
 windows, K keys, N video tokens, D head dimension, L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +19,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from specvlm.models.vision_attention import attend_windows
 from specvlm.models.vision_probe import BLOCK, HiddenStateProbe, VisionProbe
 from specvlm.parallel.ranks import ProcessGroup
 from specvlm.types import Features, entering
@@ -99,9 +101,71 @@ class AttentionCollector:
         others = any(part is not None for part in (self.keys, self.states, self.sight))
         return self.whole or self.last_row or self.hidden or others
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything is collected from the rows after the last video."""
+        return self.whole or self.last_row or self.keys is not None or self.states is not None
+
     def ahead(self) -> Self | None:
         """Make a collector for earlier passes, which only stops them at the same layer. None if `depth` is None."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
+
+    @property
+    def spec(self) -> tuple[object, ...]:
+        """What is collected: collectors of one prompt with equal specs end with equal signals."""
+        layer = None if self.states is None else self.states.layer
+        kinds = (self.rows, self.last_row, self.depth, self.heads, self.hidden, self.sight is not None)
+        return (*kinds, self.weigh, self.keys, layer)
+
+    @property
+    def of_video(self) -> frozenset[str]:
+        """Names of what is recorded while the videos' own rows are computed, in the vision tower or the layers."""
+        layer = None if self.states is None else f"states after {self.states.layer}"
+        names = (layer, "sight" if self.sight else None, "hidden" if self.hidden else None)
+        return frozenset(name for name in names if name is not None)
+
+    def recorded(self) -> dict[str, Tensor]:
+        """Return the (N, ...) records that `of_video` names, so that a later request with the same videos has them."""
+        found: dict[str, Tensor] = {}
+        for name in self.of_video:
+            parts = self._hidden if name == "hidden" else self.sight.parts if name == "sight" and self.sight else None
+            found[name] = self.states.video() if parts is None and self.states else torch.cat(parts or [])
+        return found
+
+    def resume(self, start: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on after videos whose records are known. start: first slot that is still to be computed."""
+        for name in self.of_video:
+            known = [part[name] for part in parts]
+            if name == "hidden":
+                self._hidden = known
+            elif name == "sight" and self.sight is not None:
+                self.sight.parts = known
+            elif self.states is not None:
+                self.states.resume(start, known)
+
+    def copy(self) -> Self:
+        """Copy the collector with all that it has collected, which strategies may write to."""
+        other = copy(self)
+        other.sight, other.states = copy(self.sight), copy(self.states)
+        other.adopt(self)
+        return other
+
+    def adopt(self, other: Self) -> None:
+        """Copy the signals of a collector with the same spec, which has seen the same prompt."""
+        for name in ("_mean", "_last", "_weighted", "_norms", "_heads"):
+            setattr(self, name, {layer: values.clone() for layer, values in getattr(other, name).items()})
+        self._hidden = [part.clone() for part in other._hidden]
+        if self.sight is not None and other.sight is not None:
+            self.sight.parts = [part.clone() for part in other.sight.parts]
+        if self.states is not None and other.states is not None:
+            self.states.adopt(other.states)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that has been collected."""
+        kept = (self._mean, self._last, self._weighted, self._norms, self._heads)
+        parts = [*(x for found in kept for x in found.values()), *self._hidden, *(self.sight.parts if self.sight else ())]
+        return sum(part.nbytes for part in parts) + (self.states.nbytes if self.states else 0)
 
     def weigh_rows(self, embeds: Tensor | Features, features: Tensor | Features, ranks: ProcessGroup) -> None:
         """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are not usable."""
@@ -274,51 +338,6 @@ def _causal_after_prefix(query: Tensor, key: Tensor, value: Tensor, scaling: flo
     rows, keys = query.shape[2], key.shape[2]
     mask_QK = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask_QK, scale=scaling, enable_gqa=grouped)
-
-
-def attend_windows(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    sight: VisionProbe | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a vision tower: over the whole image (SigLIP), or inside the windows of one sequence.
-
-    Windows of equal length are batched into one call, which is as exact as one call per window.
-
-    Args:
-        query: (B, H, Q, D), like key and value.
-        cu_seq_lens_q: Starts of the windows, then the end of the only sequence. Best on the CPU, since the host reads
-            the lengths. None: attention over the whole image.
-        sight: Records the attention that tokens receive.
-    """
-    if cu_seq_lens_q is None:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    lengths = cu_seq_lens_q.cpu().diff()
-    query_QHD, key_QHD, value_QHD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if sight is not None:
-        sight.observe(module, query_QHD, key_QHD, lengths, scaling)
-    if len(kinds := lengths.unique().tolist()) == 1:
-        return _in_windows(query_QHD, key_QHD, value_QHD, kinds[0], scaling)[None], None
-    length_of_row = lengths.repeat_interleave(lengths)
-    out_QHD = torch.empty_like(query_QHD, memory_format=torch.contiguous_format)
-    for length in kinds:
-        rows = (length_of_row == length).nonzero().flatten().to(query.device)
-        out_QHD[rows] = _in_windows(query_QHD[rows], key_QHD[rows], value_QHD[rows], length, scaling)
-    return out_QHD[None], None
-
-
-def _in_windows(query_RHD: Tensor, key_RHD: Tensor, value_RHD: Tensor, length: int, scaling: float | None) -> Tensor:
-    """(R, H, D) attention inside windows of `length` consecutive rows."""
-    query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query_RHD, key_RHD, value_RHD))
-    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
 
 
 def register() -> None:

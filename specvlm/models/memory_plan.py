@@ -15,7 +15,8 @@ from specvlm.models.kv_cache import pooled
 from specvlm.models.partition import device_map, split
 from specvlm.models.placement import Placement
 from specvlm.models.quantize import stored
-from specvlm.models.video_lm import CHUNK, VideoLM
+from specvlm.models.text_passes import CHUNK
+from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.torchrun import rank_here
 
 JOINED = "joined passes (estimate)"  # part of a plan

@@ -7,6 +7,8 @@ moves between stages, through `cross` or into the inputs of a captured stage.
 Shape suffixes: B sequences of a batch, Q rows of a pass, L levels of DeepStack, D hidden size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from specvlm.errors import UserError
 from specvlm.models.layer_kinds import language_model, name_of_text
+from specvlm.models.pauses import Pause, Pauses, finished
 from specvlm.models.vision_probe import HiddenStateProbe
 
 
@@ -51,7 +54,12 @@ def cross(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
-def through(
+def through(*rows: Any, **more: Any) -> Tensor:
+    """Run a language model's layers as `layer_by_layer` does, without a pause. Returns the hidden states."""
+    return finished(layer_by_layer(*rows, **more))
+
+
+def layer_by_layer(
     stages: Sequence[Stage],
     text: Any,
     hidden: Tensor,
@@ -61,8 +69,10 @@ def through(
     extra: dict[str, Any],
     states: HiddenStateProbe | None = None,
     added_QLD: Tensor | None = None,
-) -> Tensor:
+) -> Pauses[Tensor]:
     """Run a language model's layers as its own forward does, moving rows between devices. Returns the hidden states.
+
+    Pauses after each layer: another request's rows may then go through the same layers.
 
     The model's own forward makes a mask of its own, which cannot be that of a tree in every family. accelerate's hooks
     could move the rows too, but slowly: they inspect every argument of every layer in every pass.
@@ -98,6 +108,7 @@ def through(
                 states.observe(number, hidden[0])
             if added_QLD is not None and number <= added_QLD.shape[1]:
                 hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
+            yield Pause(stage.device)
     return text.norm(hidden)
 
 

@@ -228,13 +228,3 @@ def driven(value: Generator[Any, Any, T] | T) -> Generator[Any, Any, T]:
     if isinstance(value, GeneratorType):
         return (yield from value)
     return value  # type: ignore[return-value]
-
-
-def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any]) -> T:
-    """Run a generator of passes to its end and return its result. run: maps a yielded item to what is sent back."""
-    try:
-        item = next(work)
-        while True:
-            item = work.send(run(item))
-    except StopIteration as end:
-        return end.value

@@ -7,33 +7,32 @@ axes, F frames, P tokens per frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from specvlm.models.attention import AttentionCollector, StopForward
 from specvlm.models.chat import PLAIN, Message, Part, bare, chat_ids, checked, prompt_ids
 from specvlm.models.checkpoint import method_of
-from specvlm.models.family import Family
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.layer_kinds import language_model
-from specvlm.models.partition import Stage, stages_of, through
+from specvlm.models.partition import Stage, stages_of
+from specvlm.models.pauses import Pause, Pauses
 from specvlm.models.placeholders import Spelling, expanded
-from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
+from specvlm.models.text_passes import TextPasses
+from specvlm.models.vision_probe import VisionProbe
 from specvlm.parallel.ranks import SINGLE, ProcessGroup, local_shard
-from specvlm.types import Features, KeepSet, TokenGrid, VideoPrompt, entering, joined, merged
-from specvlm.video.video import Clip
+from specvlm.types import Features, KeepSet, TokenGrid, VideoPrompt, joined, merged
+from specvlm.types.pixels import LateVideo, PixelDigest
+from specvlm.video.video import Clip, Processed
 
-CHUNK = 24_576  # most rows of a prefill pass; activation memory grows with them (5.6 GB at a 32B model's widths)
 FeaturesT = TypeVar("FeaturesT", Tensor, Features)
 PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single frame has more
 
 
-class VideoLM(Family):
+class VideoLM(TextPasses):
     """A loaded checkpoint of a family. It has no state: a request's data are arguments, or lie in its KV cache.
 
     Args:
@@ -100,12 +99,16 @@ class VideoLM(Family):
         return KVCache(self.layers, self.kv_heads, capacity, self.head_dim, self.dtype, places)
 
     def prompt(
-        self, question: str, clips: Sequence[Clip] = (), images: Sequence[Tensor] = (), max_pixels: int | None = None
+        self,
+        question: str,
+        clips: Sequence[Clip | Processed] = (),
+        images: Sequence[Tensor] = (),
+        max_pixels: int | None = None,
     ) -> VideoPrompt:
         """Build the prompt of one chat turn with the checkpoint's own chat template: images, videos, then the question.
 
         Args:
-            clips: Videos from `read_video`.
+            clips: Videos from `read_video`, or `processed` ones.
             images: (3, H, W) uint8 each.
             max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
 
@@ -132,13 +135,18 @@ class VideoLM(Family):
         """
         parts = checked(messages)
         clips, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
-        videos = [self.process_video(clip, max_pixels) for clip in clips]
+        videos = [clip if isinstance(clip, Processed) else self.processed(clip, max_pixels) for clip in clips]
         pictures = [self.process_image(image, alone=len(images) == 1) for image in images]
-        spelt = [self.spell_video(*video) for video in videos], [self.spell_image(picture) for picture in pictures]
+        spelt = [self.spell_video(*video[:2]) for video in videos], [self.spell_image(picture) for picture in pictures]
         ids = chat_ids(self.tokenizer, bare(messages), Spelling(self.marks, *spelt), self.template(bool(clips)))
-        pixels = [v | {"origin": clip.origin} for (_, v), clip in zip(videos, clips, strict=True)]
         order = [part["type"] for part in parts if part["type"] != "text"]
-        return self.expand(ids, [grid for grid, _ in videos], pixels, pictures, order)
+        return self.expand(ids, [video.grid for video in videos], [video.video for video in videos], pictures, order)
+
+    def processed(self, clip: Clip, max_pixels: int | None = None) -> Processed:
+        """Preprocess a video for a prompt. max_pixels: as in `prompt`. Raises UserError if that is not possible."""
+        grid, video = self.process_video(clip, max_pixels)
+        more = {"origin": clip.origin, "digest": PixelDigest()}
+        return Processed(grid, video | more, len(clip.frames), clip.source, clip.reader, clip.frames.nbytes)
 
     def check_template(self) -> None:
         """Raise UserError if the chat template cannot render a video and a question. Reads no video."""
@@ -173,6 +181,8 @@ class VideoLM(Family):
 
     def vision_rows(self, video: dict[str, Any]) -> int:
         """Return the number of patches in the largest pass of the vision tower."""
+        if isinstance(video, LateVideo):
+            return video.vision_rows
         frames, patches = self.frame_patches(video)
         return min(frames, max(1, PATCHES // patches)) * patches
 
@@ -222,16 +232,35 @@ class VideoLM(Family):
             start += len(grid)
         return joined(parts)
 
-    def embed_tokens(self, tokens_S: Tensor) -> Tensor:
-        """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
-        table = self.text.embed_tokens  # read once: a module finds its parts in Python
-        return table(tokens_S.to(table.weight.device).clamp(0, self.vocabulary - 1))
+    def encoding(self, prompt: VideoPrompt, number: int, sight: VisionProbe | None = None) -> Pauses[Tensor | Features]:
+        """Compute the features of one video, with a pause after each pass of the vision tower.
+
+        With `sight` there is one pause, at the end.
+        """
+        grid, video = prompt.grids[number], prompt.videos[number]
+        at_once = max(1, PATCHES // self.frame_patches(video)[1])
+        pieces = (None,) if sight is not None or grid.frames <= at_once else torch.arange(grid.frames).split(at_once)
+        found: Any = None
+        for frames in pieces:
+            some: Any = self.encode_video(grid, video, frames, sight)
+            if found is None or frames is None:
+                found = some
+            else:
+                slots = slice(int(frames[0]) * grid.per_frame, (int(frames[-1]) + 1) * grid.per_frame)
+                found[slots] = some[slots]
+            yield Pause(self.device)
+        return found
+
+    def embed_text(self, tokens_Q: Tensor) -> Tensor | Features:
+        """(Q, D) input embeddings of text."""
+        rows_QD = self.embed_tokens(tokens_Q)
+        if not self.levels:
+            return rows_QD
+        return Features(rows_QD, rows_QD.new_zeros(len(rows_QD), self.levels, rows_QD.shape[1]))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
         """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
-        embeds_SD: Any = self.embed_tokens(prompt.tokens)
-        if self.levels:
-            embeds_SD = Features(embeds_SD, embeds_SD.new_zeros(len(prompt), self.levels, embeds_SD.shape[1]))
+        embeds_SD: Any = self.embed_text(prompt.tokens)
         if prompt.images:
             images_ND = joined([self.encode_image(image) for image in prompt.images])
             embeds_SD[prompt.image_index.to(self.device)] = images_ND.to(self.dtype)
@@ -255,97 +284,3 @@ class VideoLM(Family):
         if positions == "original":
             return embeds_KD, self.positions(prompt)[:, prompt.kept_slots(keep.index)]
         return embeds_KD, torch.arange(len(embeds_KD)).expand(self.axes, -1)
-
-    def forward(
-        self,
-        embeds_QD: Tensor | Features,
-        positions_AQ: Tensor,
-        cache: KVCache,
-        mask_QK: Tensor | None,
-        collector: AttentionCollector | None = None,
-        states: HiddenStateProbe | None = None,
-    ) -> Tensor:
-        """Run one pass and append its rows to the cache. Returns the last hidden states, (Q, D).
-
-        mask_QK: True where a row attends to a key. None: causal; every row also attends to everything in the cache.
-        """
-        device = embeds_QD.device
-        mask = None if mask_QK is None else mask_QK[None, None].to(device)
-        position_ids = positions_AQ.to(device)[:, None]
-        position_ids = position_ids if self.axes > 1 else position_ids[0]
-        extra = {} if collector is None else {"collector": collector}
-        added_QLD = embeds_QD.added if isinstance(embeds_QD, Features) else None
-        rows_1QD = entering(embeds_QD)[None]
-        hidden_1QD = through(self.stages, self.text, rows_1QD, position_ids, cache, mask, extra, states, added_QLD)
-        cache.advance(len(embeds_QD))
-        return hidden_1QD[0]
-
-    def head(self, hidden_QD: Tensor) -> Tensor:
-        """(Q, V) logits of hidden states."""
-        return self.hf.lm_head(hidden_QD)
-
-    def prefill(
-        self,
-        embeds_SD: Tensor | Features,
-        positions_AS: Tensor,
-        cache: KVCache,
-        cut: int = 0,
-        collector: AttentionCollector | None = None,
-        chunk: int = CHUNK,
-    ) -> Tensor:
-        """Fill an empty cache with a prompt, in passes of at most `chunk` rows. Returns the last hidden state (D,).
-
-        Passes before `cut` begin at multiples of `chunk`, whatever follows.
-
-        Args:
-            cut: Slot at which a new pass begins (`VideoPrompt.cut`).
-            collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it
-                stops the passes early, the returned state is empty.
-        """
-        total = len(embeds_SD)
-        cache.offset = int(positions_AS[:, -1].max()) + 1 - total
-        whole = collector is not None and collector.whole
-        states = None if collector is None else collector.states
-        starts = [*range(0, cut, chunk), *_starts(cut, total, total if whole else chunk)]
-        ahead = None if collector is None else collector.ahead()
-        for start, end in pairwise([*starts, total]):
-            watch = collector if end == total else ahead
-            try:
-                hidden_QD = self.forward(embeds_SD[start:end], positions_AS[:, start:end], cache, None, watch, states)
-            except StopForward:  # the collector needs no deeper layer
-                cache.advance(end - start)
-                hidden_QD = entering(embeds_SD).new_empty(1, 0)
-            if collector is not None:
-                collector.see(start, hidden_QD)
-        if collector is not None:
-            collector.gather(self.ranks)
-        return hidden_QD[-1]
-
-    def append_hidden(
-        self,
-        tokens_Q: Tensor,
-        depths: Sequence[int] | Tensor,
-        seen_QT: Tensor | None,
-        cache: KVCache,
-        position: int | None = None,
-    ) -> Tensor:
-        """Append text rows to the cache: a token, a tree, or one level of a tree. Returns hidden states (Q, D).
-
-        Args:
-            depths: Depth of each row, added to `position` to give its rotary position.
-            seen_QT: Which of the last T slots (these rows included) each row sees; it sees all before. None: causal.
-            position: Rotary position of depth 0; by default that of the next slot.
-        """
-        positions = torch.as_tensor(depths) + (cache.position if position is None else position)
-        embeds_QD, mask = self.embed_tokens(tokens_Q), None
-        if seen_QT is not None:
-            rows, device = tokens_Q.numel(), embeds_QD.device
-            prefix = torch.ones(rows, cache.length + rows - seen_QT.shape[1], dtype=torch.bool, device=device)
-            mask = torch.cat([prefix, seen_QT.to(device, torch.bool)], 1)
-        return self.forward(embeds_QD, positions.expand(self.axes, -1), cache, mask)
-
-
-def _starts(start: int, end: int, most: int) -> list[int]:
-    """Return the starts of chunks of nearly equal length, none longer than `most`."""
-    count = -(-(end - start) // most)
-    return [start + (end - start) * piece // count for piece in range(count)]

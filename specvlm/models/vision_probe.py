@@ -147,6 +147,21 @@ class HiddenStateProbe:
         self._text.append(hidden_QD[max(self.cut - self._start, 0) :].clone())
         self._start += len(hidden_QD)
 
+    def resume(self, start: int, video: list[Tensor]) -> None:
+        """Go on after rows whose hidden states are known. start: slot of the next row; video: states of video tokens."""
+        self._start, self._video = start, video
+
+    def adopt(self, other: Self) -> None:
+        """Copy what another probe of the same prompt and layer has recorded."""
+        for name in ("_entering", "_video", "_text"):
+            setattr(self, name, [part.clone() for part in getattr(other, name)])
+        self._start = other._start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(part.nbytes for part in (*self._entering, *self._video, *self._text))
+
     def video(self) -> Tensor:
         """(N, D) hidden states of the video tokens."""
         self._video = [torch.cat(self._video)]  # frees the parts

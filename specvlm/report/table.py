@@ -55,6 +55,7 @@ COLUMNS = (
     Column("time_to_first_token_s", "first token", "", seconds),
     Column("file_to_first_token_s", "file to first token", "", seconds),
     Column("file_to_last_token_s", "file to last token", "", seconds),
+    Column("reused_tokens", "reused", "prompt tokens", "{:.0f}".format),
     Column("peak_memory_bytes", "peak memory", "", size),
 )
 

@@ -24,6 +24,8 @@ KEYS = {
     "prompt_tokens": "number of tokens in the prompt",
     "video_tokens": "number of video tokens in the prompt",
     "kept_tokens": "number of video tokens the drafter saw; null if it has no model, chooses them itself or was not started",
+    "reused_tokens": "number of prompt tokens that an earlier request had computed; null if nothing is kept (prefixes=false)",
+    "reused_s": "seconds that these tokens took when they were computed",
     "new_tokens": "length of token_ids",
     "rounds": "verification passes of the target after the prefill",
     "accepted_per_round": "mean guesses accepted per round, without the bonus token (the paper's tau), over the rounds that no "
@@ -79,7 +81,8 @@ KEYS = {
 
 SPANS = ("decode", "end_to_end", "file_to_last_token")  # each has a `baseline_…_s` and a `speedup_…`
 # KEYS that rows and summaries of older versions may lack.
-LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "batch", "hf_check", "hf_difference", "hit_rate")
+LATER = (*(key for key in KEYS if "file_to_" in key), "reader", "batch", "hf_check", "hf_difference", "hit_rate",
+         "reused_tokens", "reused_s")  # fmt: skip
 # KEYS that are null for samples decoded together.
 OF_ONE_REQUEST = ("time_to_first_token_s", "drafter_start_s", "tokens_per_second",
                   *(f"{where}_s" for where in (*SPANS, "file_to_first_token")))  # fmt: skip
@@ -133,6 +136,21 @@ def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"] or 0.0) for span in SPANS}
 
 
+def reused(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Compute `reused` of a job; TOTALS explains it."""
+    kept = [row for row in done if row.get("reused_tokens") is not None]
+    if not kept:
+        return None
+    sums = {name: sum(row[key] or 0 for row in kept) for name, key in (("tokens", "reused_tokens"), ("seconds", "reused_s"))}
+    return {"samples": sum(row["reused_tokens"] > 0 for row in kept), **sums}
+
+
+def reuse_of(steps: Sequence[Step]) -> dict[str, Any]:
+    """Tell how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
+    found = next((step.reused for step in steps if step.reused is not None), None)
+    return {"reused_tokens": None if found is None else found.tokens, "reused_s": None if found is None else found.seconds}
+
+
 def acceptance_of(steps: Sequence[Step]) -> dict[str, Any]:
     """Compute rounds, the keys about what a round accepts, and hit_rate (see KEYS)."""
     rounds = steps[1:]
@@ -162,7 +180,7 @@ MEANS = ("kept_tokens", "video_tokens", "prompt_tokens", "new_tokens", "rounds",
          "drafted_per_round", "hit_rate", "time_to_first_token_s", "drafter_start_s", "decode_s", "end_to_end_s",
          "tokens_per_second",
          "file_to_first_token_s", "file_to_last_token_s", "baseline_decode_s", "baseline_end_to_end_s",
-         "baseline_file_to_first_token_s", "baseline_file_to_last_token_s")  # fmt: skip
+         "baseline_file_to_first_token_s", "baseline_file_to_last_token_s", "reused_tokens", "reused_s")  # fmt: skip
 LAST = ("parallel", "devices", "weights", "engine", "batch")
 VERDICTS = ("identical", "numeric tie", "MISMATCH", "sampled", "lossy", "not checked")
 HF_CHECKS = ("identical", "tie", "MISMATCH", "lossy", "not checked")
@@ -189,6 +207,8 @@ TOTALS = {
     "reader": "the library that read the video, pyav or decord, and why; empty if no file was read",
     "peak_memory_bytes": "maximum over samples",
     "capture_s": "sum over samples",
+    "reused": "samples whose prompt began like an earlier one (`samples`), and how many prompt `tokens` and `seconds` of "
+    "prefill that saved; null if nothing was kept",
 }
 
 
@@ -237,6 +257,7 @@ def totals(rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     found["times_s"] = {part: mean([row["times_s"].get(part, 0.0) for row in done]) for part in parts}
     found["peak_memory_bytes"] = max((row["peak_memory_bytes"] for row in done), default=None)
     found["capture_s"] = sum(row["capture_s"] for row in done)
+    found["reused"] = reused(done)
     return found | {key: done[-1].get(key) if done else None for key in LAST}
 
 

@@ -75,6 +75,8 @@ class Figures(TypedDict):
     prompt_tokens: Tokens
     video_tokens: Tokens
     kept_tokens: Tokens | None
+    reused_tokens: NotRequired[Tokens | None]
+    reused_s: NotRequired[Seconds | None]
     new_tokens: Tokens
     rounds: Tokens
     accepted_per_round: Real | None

@@ -32,7 +32,7 @@ from specvlm.results.folder import check_there, write_yaml
 from specvlm.results.records import Answered, Row, Summary, Totals
 
 # Keys that do not change the rows.
-NEUTRAL_KEYS = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "tracker")
+NEUTRAL_KEYS = ("resume", "fail_fast", "shard", "baselines", "turn", "prefetch", "prefixes", "tracker")
 SAMPLES, STEPS = "samples", "steps"
 A_TOKEN, A_SAMPLE, SPARE = 400, 65_536, 2**20  # bytes on disk per token, per sample and in all, estimated generously
 UNCHECKED = (None, "not checked")  # values of hf_check that a later line may replace

@@ -23,6 +23,7 @@ from specvlm.serve.settings import MIB, Settings
 from specvlm.serve.views import Views, view_of, with_kept
 from specvlm.serve.wire import DONE, Completion, event, new_id
 from specvlm.session.session import Asked, Session
+from specvlm.video.video import Clip
 
 STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -105,7 +106,7 @@ class Chat:
         asked = self.session.prepare(media.messages, None, None, options)
         self._check_length(asked)
         if request.explain:
-            self.views.put(name, view_of(media.clips, asked.reading.prompt.grids))
+            self.views.put(name, view_of([clip for clip in media.clips if isinstance(clip, Clip)], asked.reading.prompt.grids))
         request.messages.clear()  # the body's data
         return asked
 

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from specvlm.serve.fetch import fetched
 from specvlm.serve.read_process import Limits
 from specvlm.serve.reading import read_clip
 from specvlm.serve.settings import Settings
+from specvlm.session.inputs import frames_of
 from specvlm.session.session import Session
 from specvlm.video.clips import FOLDER, names
 from specvlm.video.memory import BytesFile, clip_from_frames, picture
-from specvlm.video.video import Clip
+from specvlm.video.video import Clip, Processed
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers of Pillow that run no other program
 DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+=-]+)*?)(;base64)?,", re.ASCII | re.IGNORECASE)
@@ -46,7 +48,7 @@ class Media:
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    clips: list[Clip] = field(default_factory=list)
+    clips: list[Clip | Processed] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
 
 
@@ -85,14 +87,14 @@ class MediaReader:
             if part["type"] == "image":
                 found.pictures.append(self._image(part["image"]))
                 return {"type": "image", "image": found.pictures[-1]}
-            left = self._settings.max_frames - sum(len(clip.frames) for clip in found.clips)
+            left = self._settings.max_frames - sum(map(frames_of, found.clips))
             clip = self._video(part["video"], request, left)
         except ApiError as error:
             error.param = error.param or where
             raise
         except (UserError, OSError) as error:
             raise bad(message(error), where, "bad_media") from None
-        if len(clip.frames) > left:
+        if frames_of(clip) > left:
             most = self._settings.max_frames
             raise bad(f"the videos have more than {most} frames: ask for fewer with num_frames", where, "too_many_frames")
         found.clips.append(clip)
@@ -114,15 +116,22 @@ class MediaReader:
         except (OSError, ValueError, SyntaxError) as error:
             raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
 
-    def _video(self, url: str, request: ChatRequest, left: int) -> Clip:
-        """Read a video. Frames as JPEG pictures, as vLLM takes them, are used as they are."""
+    def _video(self, url: str, request: ChatRequest, left: int) -> Clip | Processed:
+        """Read a video. Frames as JPEG pictures, as vLLM takes them, are used as they are.
+
+        A file in a folder that was read before is not decoded again, unless the request wants to see its frames.
+        """
         if url[:16].lower().startswith("data:video/jpeg;"):
             frames = [self._picture(_unpacked(one)) for one in url.partition(",")[2].split(",", left + 1)[: left + 1]]
             return clip_from_frames(frames, **({"fps": request.sampling["fps"]} if "fps" in request.sampling else {}))
         options = self._session.options.asked(request.sampling)
         limits = Limits(left, self._settings.max_side_pixels, self._settings.max_clip_mib * 2**20, self._settings.read_timeout)
+        target, known = self._session.target, self._session.videos
         with self._file(url) as path:
-            return read_clip(self._session.target, path, options, limits)
+            sample = partial(read_clip, target, path, options, limits)
+            if known is None or request.explain or self._local(url) is None:
+                return sample()
+            return known.get(target, path, (options.frames, options.fps, options.reader), sample, options.max_pixels)
 
     @contextmanager
     def _file(self, url: str) -> Iterator[Path]:

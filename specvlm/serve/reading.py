@@ -18,7 +18,7 @@ from torch import Tensor
 from specvlm.errors import UserError, line, message
 from specvlm.models.video_lm import VideoLM
 from specvlm.serve.read_process import Limits, answer
-from specvlm.session.inputs import clip_of
+from specvlm.session.inputs import Source, clip_of
 from specvlm.session.options import Options
 from specvlm.video.memory import detached
 from specvlm.video.video import Clip, VideoInfo
@@ -67,7 +67,9 @@ def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> 
     """
     try:
         if _context() is None:
-            return detached(clip_of(target, path, options), "the video")
+            clip = clip_of(Source(target, options), path)
+            assert isinstance(clip, Clip)  # no file is known
+            return detached(clip, "the video")
         return _read(target, path, options, limits)
     except UserError as error:
         raise UserError(message(error).replace(str(path), "the video")) from None

@@ -9,14 +9,14 @@ from functools import partial
 import torch
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
-from specvlm.decoding.prefill import SharedPrefill
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.room import cache_bytes
 from specvlm.decoding.scheduler import Decoding
 from specvlm.decoding.shared import SharedScheduler
 from specvlm.decoding.watch import Watch
 from specvlm.errors import OutOfMemory
 from specvlm.models.kv_cache import CachePool
-from specvlm.models.memory_plan import ran_out
+from specvlm.models.memory_plan import kv_bytes, ran_out
 from specvlm.session.room import check_request
 from specvlm.strategies import Strategy
 from specvlm.strategies.verifiers.coupled import own_rule
@@ -29,10 +29,13 @@ class Requests:
     Attributes:
         scheduler: Runs them.
         caches: KV caches that they lease.
+        prefixes: What they have computed of their prompts; None if nothing is kept.
     """
 
-    def __init__(self, scheduler: SharedScheduler, caches: CachePool, watch: Watch) -> None:
-        self.scheduler, self.caches, self._watch = scheduler, caches, watch
+    def __init__(
+        self, scheduler: SharedScheduler, caches: CachePool, watch: Watch, prefixes: PrefixStore | None = None
+    ) -> None:
+        self.scheduler, self.caches, self._watch, self.prefixes = scheduler, caches, watch, prefixes
 
     def submit(self, work: Decoding, strategies: Sequence[Strategy] = (), size: int = 0) -> Call:
         """Submit a request. It waits until there is room.
@@ -49,7 +52,7 @@ class Requests:
         graph: DecodingGraph,
         prompt: VideoPrompt,
         options: GenerationOptions,
-        shared: SharedPrefill | None = None,
+        prefixes: PrefixStore | None = None,
         speculate: bool = True,
         started: Callable[[], object] = bool,
     ) -> Call:
@@ -59,7 +62,7 @@ class Requests:
             graph: Its models and strategies.
             prompt: Its prompt.
             options: Its options.
-            shared: Prefill to share with other requests.
+            prefixes: Use this store instead of the graph's.
             speculate: False decodes with the target alone.
             started: Called once there is room for the request.
 
@@ -71,10 +74,10 @@ class Requests:
             started()
             check_request(graph, prompt, options)
             if speculate:
-                yield from graph.work(prompt, options, shared)
+                yield from graph.work(prompt, options, prefixes)
             else:
-                rule, rest = own_rule(graph.sampling), (graph.caches, graph.engine)
-                yield from autoregressive_work(graph.target, prompt, options, rule, *rest)
+                rule, kept = own_rule(graph.sampling), graph.prefixes if prefixes is None else prefixes
+                yield from autoregressive_work(graph.target, prompt, options, rule, graph.caches, graph.engine, kept)
 
         return self.submit(decoding(), (graph.pruner, graph.drafter, graph.verifier), cache_bytes(graph, prompt, options))
 
@@ -100,6 +103,8 @@ class Call:
             if not ran_out(error):
                 raise
             self._requests.caches.empty()  # those of running requests stay until these end
+            if self._requests.prefixes is not None:
+                self._requests.prefixes.empty()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             how = "ask for fewer frames, fewer new tokens, fewer answers, or less at a time"
@@ -174,9 +179,23 @@ def begun(
         started: Called once there is room for a request.
     """
     calls = calls or Calls()
-    with SharedPrefill(graph.target, graph.caches, len(every)) as prefill:
-        rest = (prefill if speculate and len(every) > 1 else None, speculate, started)
+    with shared_by(graph, prompt, len(every)) as prefixes:
+        rest = (prefixes, speculate, started)
         try:
             yield [calls.add(partial(requests.work, graph, prompt, options, *rest)) for options in every]
         finally:
             calls.cancel()
+
+
+@contextmanager
+def shared_by(graph: DecodingGraph, prompt: VideoPrompt, count: int) -> Iterator[PrefixStore | None]:
+    """Give a store in which `count` requests share the prefill of their prompt: the graph's, or one for this block."""
+    own, size = graph.prefixes, kv_bytes(graph.target, len(prompt), graph.target.dtype)
+    if count < 2 or (own is not None and 2 * size <= own.shelf.device_bytes):
+        yield own
+        return
+    store = PrefixStore(2**62)
+    try:
+        yield store
+    finally:
+        store.empty()

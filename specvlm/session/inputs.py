@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +14,13 @@ from torch import Tensor
 
 from specvlm.errors import UserError, check_choice, explained
 from specvlm.models.chat import checked
+from specvlm.models.known_videos import KnownVideos
 from specvlm.models.video_lm import VideoLM
 from specvlm.session.options import Options
 from specvlm.types import VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.memory import BytesFile, clip_from_frames, detached, picture
-from specvlm.video.video import Clip, probe, read_video
+from specvlm.video.video import Clip, Processed, probe, read_video
 
 BYTES = (bytes, bytearray, memoryview)
 MEDIA = ("video", "image")
@@ -31,7 +34,22 @@ class Reading(NamedTuple):
     frames: int | None
 
 
-def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Options) -> Reading:
+@dataclass(frozen=True)
+class Source:
+    """Reads the videos of a call.
+
+    Attributes:
+        target: The target.
+        options: How videos are sampled.
+        known: Files whose videos are known; None to decode every one.
+    """
+
+    target: VideoLM
+    options: Options
+    known: KnownVideos | None = None
+
+
+def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Options, known: KnownVideos | None = None) -> Reading:
     """Read videos and images and make the prompt.
 
     Args:
@@ -41,11 +59,13 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
             the name of an embedded clip, a file's bytes, an array or a tensor, a list of frames, or a `Clip`.
         images: An image or several: paths, bytes, arrays, tensors or pictures of Pillow.
         options: How videos are sampled.
+        known: Files whose videos are known; None to decode every one.
 
     Raises:
         UserError: Something cannot be used.
     """
-    clips = [clip_of(target, video, options) for video in _videos(videos)]
+    source = Source(target, options, known)
+    clips = [clip_of(source, video) for video in _videos(videos)]
     pictures = [
         picture(image) for image in (images if isinstance(images, list | tuple) else [] if images is None else [images])
     ]
@@ -54,18 +74,18 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
             raise UserError("a processor's inputs hold their videos and images: leave out videos and images")
         return Reading(prompt if isinstance(prompt, VideoPrompt) else processed(target, prompt), None)
     if isinstance(prompt, str):
-        count = sum(len(clip.frames) for clip in clips)
+        count = sum(map(frames_of, clips))
         return Reading(target.prompt(prompt, clips, pictures, options.max_pixels), count)
     if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
         hint = ": put the message into a list" if isinstance(prompt, Mapping) and "role" in prompt else ""
         raise UserError(f"a prompt is a text, a list of messages or a processor's inputs, got a {type(prompt).__name__}{hint}")
     media = {"video": iter(clips), "image": iter(pictures)}
-    messages = list(_filled(target, prompt, media, options))
+    messages = list(_filled(source, prompt, media))
     for kind, left in media.items():
         if next(left, None) is not None:
             raise UserError(f'the messages have no place for all {kind}s: add a part {{"type": "{kind}"}} for each')
     given = [part["video"] for part in checked(messages) if part["type"] == "video"]
-    return Reading(target.chat(messages, options.max_pixels), sum(len(clip.frames) for clip in given))
+    return Reading(target.chat(messages, options.max_pixels), sum(map(frames_of, given)))
 
 
 def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
@@ -74,27 +94,38 @@ def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
         return target.hf_prompt(inputs)
 
 
-def clip_of(target: VideoLM, video: Any, options: Options) -> Clip:
+def frames_of(video: Clip | Processed) -> int:
+    """Return the number of frames that were read."""
+    return video.frames if isinstance(video, Processed) else len(video.frames)
+
+
+def clip_of(source: Source, video: Any) -> Clip | Processed:
     """Read a video. Of a file, sample frames by the options, or by the family's own rule if they set none.
 
     Raises UserError if it cannot be read, or the options would sample from frames in memory.
     """
     if isinstance(video, BYTES):
         with BytesFile(video) as path:
-            return detached(_sampled(target, path, options), "a video of bytes")
+            return detached(_sampled(source, path), "a video of bytes")
+    options = source.options
     if isinstance(video, str | Path):
-        return _sampled(target, find_clip(str(video)), options)
+        path, sample = find_clip(str(video)), partial(_sampled, source, find_clip(str(video)))
+        if source.known is None:
+            return sample()
+        sampling = (options.frames, options.fps, options.reader)
+        return source.known.get(source.target, path, sampling, sample, options.max_pixels)
     if options.frames is not None or options.fps is not None:
         how = "clip_from_frames(frames, fps=…) states their rate"
         raise UserError(f"frames=… and fps=… sample from files; frames in memory are used as they are: {how}")
     return video if isinstance(video, Clip) else clip_from_frames(video)
 
 
-def _sampled(target: VideoLM, path: Path, options: Options) -> Clip:
+def _sampled(source: Source, path: Path) -> Clip:
     """Sample the frames of a file that the target sees."""
+    options = source.options
     sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
     if not any(sampling.values()):
-        sampling = target.sampling(probe(path, options.reader))
+        sampling = source.target.sampling(probe(path, options.reader))
     return read_video(path, reader=options.reader, **sampling)
 
 
@@ -110,9 +141,7 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray) and value.ndim == 3
 
 
-def _filled(
-    target: VideoLM, messages: Sequence[Any], media: Mapping[str, Iterator[Any]], options: Options
-) -> Iterator[Mapping[str, Any]]:
+def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterator[Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield the messages with clips and pictures in their parts. What is no message is left to `VideoLM.chat`."""
     for message in messages:
         role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
@@ -121,19 +150,19 @@ def _filled(
         if not isinstance(content, list | tuple):
             yield message
         else:
-            yield {**message, "content": [_part(target, part, media, options) for part in content]}
+            yield {**message, "content": [_part(source, part, media) for part in content]}
 
 
-def _part(target: VideoLM, part: Any, media: Mapping[str, Iterator[Any]], options: Options) -> Any:
+def _part(source: Source, part: Any, media: Mapping[str, Iterator[Any]]) -> Any:
     """Read the video or image of a part, which is under its kind or under "path"; an empty part takes the next one."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in MEDIA:
         return part
     if other := sorted(str(key) for key in part.keys() - {"type", "path", kind}):
         raise UserError(f'a part of type {kind} has {", ".join(other)}: wanted "{kind}" or "path"')
-    source = part.get(kind, part.get("path"))
-    if source is not None:
-        return {"type": kind, kind: clip_of(target, source, options) if kind == "video" else picture(source)}
+    given = part.get(kind, part.get("path"))
+    if given is not None:
+        return {"type": kind, kind: clip_of(source, given) if kind == "video" else picture(given)}
     if (there := next(media[kind], None)) is None:
         raise UserError(f'a part {{"type": "{kind}"}} has no {kind}: put it there, or give it in {kind}s=…')
     return {"type": kind, kind: there}

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from specvlm.config import EMBEDDED, Mrope, model_folder
+from specvlm.config import EMBEDDED, Mrope, check_prefixes, model_folder
+from specvlm.decoding.prefix_budget import store_for
+from specvlm.decoding.slices import STALL_S
 from specvlm.engine import engine_for
-from specvlm.errors import UserError, check_choice, did_you_mean
+from specvlm.errors import UserError, check_choice, check_range, did_you_mean
 from specvlm.models.adopt import adopted
 from specvlm.models.checkpoint import DTYPES
 from specvlm.models.load import check_pair, dtype_of, kind_of, load, name_of, skeleton
@@ -37,6 +39,8 @@ def load_pair(
     draft_weights: str | None = None,
     engine: str = "auto",
     mrope: str = "hf",
+    prefixes: str | bool | float = "auto",
+    stall_ms: float = 1000 * STALL_S,
     **options: Any,
 ) -> Session:
     """Load a target and its draft.
@@ -56,6 +60,10 @@ def load_pair(
         draft_weights: The same of the draft.
         engine: "auto", "eager" or "graphs".
         mrope: As in `VideoLM`.
+        prefixes: What is kept of prompts, for later calls that begin alike: "auto" takes a quarter of the memory that is
+            free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
+        stall_ms: Milliseconds that prefills of other calls may add to a round of a call that decodes. A layer of a
+            prefill runs even if it takes longer.
         options: Default options of calls, see `Options`.
 
     Returns:
@@ -68,6 +76,8 @@ def load_pair(
     check_choice("mrope", mrope, list(Mrope))
     name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
     check_choice("dtype", name, ("auto", *DTYPES))
+    check_prefixes(prefixes)
+    check_range("stall_ms", stall_ms, 0)
     default = (Options() if draft is not None or _pair_of(target) else Options(drafter="prompt_lookup")).asked(options)
     target, draft = _embedded(target, draft)
     first, second = Side("target", target, revision, name, device, weights, mrope, processor), None
@@ -76,12 +86,19 @@ def load_pair(
     else:
         at = draft_device or (first.place if isinstance(draft, str | Path) else "auto")
         second = Side("draft", draft, draft_revision, name, at, draft_weights, mrope, processor)
-    session = paired(first, second, engine, default)
+    session = paired(first, second, engine, default, prefixes, stall_ms)
     _warn(session)
     return session
 
 
-def paired(first: Side, second: Side | None, engine: str, default: Options) -> Session:
+def paired(
+    first: Side,
+    second: Side | None,
+    engine: str,
+    default: Options,
+    prefixes: str | bool | float = False,
+    stall_ms: float = 1000 * STALL_S,
+) -> Session:
     """Load target and draft as a session. Raises what `load_pair` raises."""
     sides = (first,) if second is None else (first, second)
     needs = [(side.need(default.max_new_tokens), side.place) for side in sides]
@@ -91,7 +108,8 @@ def paired(first: Side, second: Side | None, engine: str, default: Options) -> S
     target.check_template()
     if target.device.type == "cuda":
         torch.cuda.set_device(target.device)  # graphs are captured on the current device
-    return Session(target, draft, vocabulary, engine_for(engine, target.device), default)
+    store = store_for([stage.device for stage in target.stages], prefixes)
+    return Session(target, draft, vocabulary, engine_for(engine, target.device), default, store, stall_ms)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def statistics_of(reading: Reading, steps: Sequence[Step]) -> dict[str, Any]:
         "video_tokens": len(reading.prompt.video_index),
         "kept_tokens": next((len(step.keep) for step in steps if step.keep is not None), None),
         "frames": reading.frames,
+        **metrics.reuse_of(steps),
         "new_tokens": count,
         **metrics.acceptance_of(steps),
         **metrics.speed(times, count),

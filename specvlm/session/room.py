@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.room import needs_for
 from specvlm.errors import UserError
 from specvlm.models.kv_cache import pooled
@@ -18,9 +19,13 @@ GIB = 2**30
 FOR_CACHES = 0.8  # share of the free memory that the caches of running requests may take; activations need the rest
 
 
-def room_for(models: Sequence[VideoLM]) -> int:
-    """Return the bytes that the caches of requests that run at the same time may take. Other requests wait."""
-    return int(FOR_CACHES * sum(map(free_bytes, {stage.device for model in models for stage in model.stages})))
+def room_for(models: Sequence[VideoLM], prefixes: PrefixStore | None = None) -> int:
+    """Return the bytes that the caches of requests that run at the same time may take. Other requests wait.
+
+    prefixes: Its memory is not theirs.
+    """
+    free = sum(map(free_bytes, {stage.device for model in models for stage in model.stages}))
+    return int(FOR_CACHES * (free - (0 if prefixes is None else prefixes.shelf.device_bytes)))
 
 
 def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
@@ -38,7 +43,7 @@ def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
 def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions) -> None:
     """Check that a request's caches, its activations and the passes that it may share fit into memory.
 
-    Caches that are free count as memory. Raises UserError.
+    Caches that are free count as memory. What is kept of prompts is dropped if its memory is needed. Raises UserError.
     """
     models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
     dtypes = {side: model.dtype for side, model in models.items()}
@@ -51,7 +56,14 @@ def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: Generation
         if len(need.model.stages) == 1:
             wanted[need.model.device] += need.joined
     free = {device: graph.caches.bytes_on(device, leased=False) for device in wanted}
-    _check(wanted, free, "the request needs", "ask for fewer frames, fewer new tokens, or less at a time")
+    words = ("the request needs", "ask for fewer frames, fewer new tokens, or less at a time")
+    try:
+        _check(wanted, free, *words)
+    except UserError:
+        if graph.prefixes is None or not graph.prefixes.shelf.nbytes():
+            raise
+        graph.prefixes.empty()
+        _check(wanted, free, *words)
 
 
 def check_answers(target: VideoLM, slots: int, count: int) -> None:

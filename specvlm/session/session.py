@@ -12,10 +12,13 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 from specvlm.decoding import lossless
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
+from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.shared import SharedScheduler
+from specvlm.decoding.slices import STALL_S
 from specvlm.decoding.watch import Watch
 from specvlm.engine import Engine
 from specvlm.errors import UserError
+from specvlm.models.known_videos import KnownVideos
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
@@ -52,17 +55,29 @@ class Session:
         options: Default options of calls.
         engine: Runs the passes.
         caches: KV caches, kept between calls.
+        prefixes: What calls have computed of their prompts, for later ones that begin alike; None if nothing is kept.
+        videos: Files whose videos are known, and need not be decoded again; None if nothing is kept.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
         requests: Submits requests to the scheduler.
     """
 
-    def __init__(self, target: VideoLM, draft: VideoLM | None, vocabulary: int, engine: Engine, options: Options) -> None:
+    def __init__(
+        self,
+        target: VideoLM,
+        draft: VideoLM | None,
+        vocabulary: int,
+        engine: Engine,
+        options: Options,
+        prefixes: PrefixStore | None = None,
+        stall_ms: float = 1000 * STALL_S,
+    ) -> None:
         self.target, self.draft, self.options = target, draft, options
         self._vocabulary, self.engine, self.caches = vocabulary, engine, CachePool()
         models = [target, *([] if draft is None else [draft])]
-        self.scheduler = SharedScheduler(engine, target.device, room_for(models))
+        self.prefixes, self.videos = prefixes, None if prefixes is None else KnownVideos()
+        self.scheduler = SharedScheduler(engine, target.device, room_for(models, prefixes), stall_s=stall_ms / 1000)
         watch = Watch(models, self.caches, engine)
-        self.requests = Requests(self.scheduler, self.caches, watch)
+        self.requests = Requests(self.scheduler, self.caches, watch, prefixes)
         self._threads = ThreadPoolExecutor(MOST_CALLS, "specvlm")  # starts threads only as they are needed
         self.graph(options)  # a default that does not fit the pair fails here
 
@@ -148,7 +163,7 @@ class Session:
     def prepare(self, prompt: Any, videos: Any, images: Any, options: Mapping[str, Any]) -> Asked:
         """Check the options of a call, then read videos and images. Arguments and errors are those of `generate`."""
         asked = self.options.asked(options)
-        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked))
+        return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked, self.videos))
 
     def graph(self, options: Options) -> DecodingGraph:
         """Build the graph of a call. Raises UserError if the strategies do not fit the models."""
@@ -156,7 +171,7 @@ class Session:
         if isinstance(asked.adjust, Penalties):
             asked.adjust.check(self.target.vocabulary)
         models = (self.target, self.draft, *options.strategies())
-        return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine)
+        return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine, self.prefixes)
 
     def _streamed(self, asked: Options, graph: DecodingGraph, reading: Reading) -> TextStream:
         """Begin a stream. Raises UserError for options that only whole results can have."""

@@ -8,16 +8,16 @@ that changes during a request lives in the draft session and the caches, which e
 
 from specvlm.strategies.base import Strategy
 from specvlm.strategies.dataset import Dataset, Sample
-from specvlm.strategies.drafter import DraftContext, Drafter, DraftSession
+from specvlm.strategies.drafter import DraftContext, Drafter, DraftPrefill, DraftSession
 from specvlm.strategies.metric import Answer, Metric
 from specvlm.strategies.noise import gumbel
 from specvlm.strategies.pruner import PruneContext, Pruner
-from specvlm.strategies.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, token_signals
+from specvlm.strategies.signals import CODEC_SIGNALS, SIGNALS, STATE_SIGNALS, VIDEO_SIGNALS, token_signals
 from specvlm.strategies.tracker import TrackContext, TrackedRun, Tracker
 from specvlm.strategies.verifier import Sampling, Verifier, VerifyContext, uniform
 
 __all__ = [
-    "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "Answer", "Dataset", "DraftContext", "DraftSession", "Drafter",
-    "Metric", "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "TrackContext", "TrackedRun", "Tracker",
-    "Verifier", "VerifyContext", "gumbel", "token_signals", "uniform",
+    "CODEC_SIGNALS", "SIGNALS", "STATE_SIGNALS", "VIDEO_SIGNALS", "Answer", "Dataset", "DraftContext", "DraftPrefill",
+    "DraftSession", "Drafter", "Metric", "PruneContext", "Pruner", "Sample", "Sampling", "Strategy", "TrackContext",
+    "TrackedRun", "Tracker", "Verifier", "VerifyContext", "gumbel", "token_signals", "uniform",
 ]  # fmt: skip

@@ -25,6 +25,20 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 
+class DraftPrefill:
+    """Prefills the model of a session. The loop's own starts behind what earlier requests have computed."""
+
+    def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:
+        """Compute the video features of a model, as `VideoLM.features` does."""
+        return model.features(prompt, keep)
+
+    def fill(
+        self, model: VideoLM, inputs: tuple[Tensor | Features, Tensor], cache: KVCache, prompt: VideoPrompt, keep: KeepSet
+    ) -> None:
+        """Fill an empty cache with the pruned prompt. inputs: from `VideoLM.pruned`, of all features and `keep`."""
+        model.prefill(*inputs, cache)
+
+
 @dataclass(frozen=True, eq=False)
 class DraftContext:
     """Input of a draft session: one request after the target's prefill.
@@ -53,6 +67,7 @@ class DraftContext:
         next_shape: Chooses the shape of the next tree, by measured costs, this request's acceptance and the requests
             that run now; a root alone where plain decoding is faster. For drafters that may draft any shape: call it
             once in each `propose`. None: choose a fixed shape.
+        prefill: Prefills the session's model. A session that uses it starts faster if its video was seen before.
     """
 
     prompt: VideoPrompt
@@ -72,6 +87,7 @@ class DraftContext:
     captured: bool = False
     seed: int | None = None
     next_shape: Callable[[], TreeShape] | None = None
+    prefill: DraftPrefill = field(default_factory=DraftPrefill)
 
     def signal(self, name: str) -> Tensor:
         """Return a signal in the shape that `SIGNALS` lists.

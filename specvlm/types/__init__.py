@@ -7,12 +7,12 @@ V vocabulary, F frames, P tokens per frame, A rotary axes (3 for M-RoPE, 1 other
 from specvlm.parsing.bounds import Within
 from specvlm.types.features import Features, entering, joined, merged
 from specvlm.types.options import GenerationOptions
-from specvlm.types.step import Step, TokenLogprobs
+from specvlm.types.step import Reused, Step, TokenLogprobs
 from specvlm.types.tree import DEEPEST, MOST_GUESSES, PAPER_TREE, DraftTree, TreeShape, Verdict, ancestor_mask, children_of
 from specvlm.types.video import KeepSet, TokenGrid, VideoPrompt
 
 __all__ = [
-    "DEEPEST", "MOST_GUESSES", "PAPER_TREE", "DraftTree", "Features", "GenerationOptions", "KeepSet", "Step", "TokenGrid",
-    "TokenLogprobs", "TreeShape", "Verdict", "VideoPrompt", "Within", "ancestor_mask", "children_of", "entering", "joined",
-    "merged",
+    "DEEPEST", "MOST_GUESSES", "PAPER_TREE", "DraftTree", "Features", "GenerationOptions", "KeepSet", "Reused", "Step",
+    "TokenGrid", "TokenLogprobs", "TreeShape", "Verdict", "VideoPrompt", "Within", "ancestor_mask", "children_of",
+    "entering", "joined", "merged",
 ]  # fmt: skip

@@ -24,6 +24,18 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+class Reused(NamedTuple):
+    """Part of a prompt whose rows earlier requests had computed.
+
+    Attributes:
+        tokens: Number of prompt tokens.
+        seconds: Time that these rows took when they were computed.
+    """
+
+    tokens: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Step:
     """One decoding round: the draft tree, the verdict on it, and the tokens it adds to the output.
@@ -45,6 +57,7 @@ class Step:
             target would have chosen.
         ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if that tree
             was not there in time or not guessed. None if the drafter does not guess on.
+        reused: Part of the prompt that earlier requests had computed. Set only in round 0, if any is kept.
     """
 
     tokens: tuple[int, ...]
@@ -56,6 +69,7 @@ class Step:
     lossless: bool = True
     logprobs: tuple[TokenLogprobs, ...] | None = None
     ahead: int | None = None
+    reused: Reused | None = None
 
     @property
     def drafted(self) -> int:

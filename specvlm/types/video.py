@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specvlm.types.pixels import LateVideo
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -84,10 +86,10 @@ class VideoPrompt:
         def of(value: Any) -> Any:
             return value.clone() if isinstance(value, Tensor) else copy(value)
 
-        videos, images = (
-            tuple({key: of(value) for key, value in part.items()} for part in parts) if pixels else ()
-            for parts in (self.videos, self.images)
-        )
+        def copied(part: dict[str, Any]) -> dict[str, Any]:
+            return part.copy() if isinstance(part, LateVideo) else {key: of(value) for key, value in part.items()}
+
+        videos, images = (tuple(map(copied, parts)) if pixels else () for parts in (self.videos, self.images))
         index, grids = (self.video_index.clone(), self.image_index.clone()), tuple(map(copy, self.grids))
         return VideoPrompt(self.tokens.clone(), index[0], grids, videos, images, index[1])
 
@@ -106,6 +108,12 @@ class VideoPrompt:
     def cut(self) -> int:
         """First slot of the text after the last video, where the prefill is split. 0 without a video."""
         return int(self.video_index[-1]) + 1 if len(self.video_index) else 0
+
+    @property
+    def joints(self) -> list[int]:
+        """First slot after each video. The prefill begins a new pass there, so that a prompt may begin with another's."""
+        ends = torch.tensor([len(grid) for grid in self.grids], dtype=torch.int64).cumsum(0)
+        return (self.video_index[ends - 1] + 1).tolist()
 
     @property
     def text(self) -> int:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from specvlm.errors import UserError, check_choice, did_you_mean
+from specvlm.types import TokenGrid
 from specvlm.video.av_file import WrongIndex
 from specvlm.video.codec import Origin
 from specvlm.video.container import check_file
@@ -68,6 +69,26 @@ class Clip:
     def origin(self) -> Origin | None:
         """The file and the frame numbers, for the signals of `codec.py`; None if the frames do not come from a file."""
         return Origin(self.source, self.index) if self.index else None
+
+
+class Processed(NamedTuple):
+    """A video as a target's processor has made it of a clip (`VideoLM.processed`).
+
+    Attributes:
+        grid: Layout of its tokens.
+        video: Inputs of the vision tower, with the `origin` and the `digest` of the pixels.
+        frames: Number of frames that were read.
+        source: The file, or another name of the video.
+        reader: Name of the reader and why it was chosen; empty if none was used.
+        nbytes: Bytes of the frames before they were processed.
+    """
+
+    grid: TokenGrid
+    video: dict[str, Any]
+    frames: int
+    source: str
+    reader: str
+    nbytes: int
 
 
 Sampling = Callable[[int, int], list[int]]

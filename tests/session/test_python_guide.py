@@ -10,7 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "python.md").read_text(encoding="utf-8"), re.S)
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / page).read_text(encoding="utf-8"), re.S)
+
+
+BLOCKS = blocks_of("python.md")
 NAMES = {"specvlm", "session", "pair", "target"}
 
 
@@ -29,10 +35,11 @@ def test_the_guide_has_forty_calls():
 
 
 @pytest.mark.slow
-def test_the_guide_prints_what_it_says(capsys):
+@pytest.mark.parametrize("page", ["python.md", "prefixes.md"])
+def test_the_guide_prints_what_it_says(page, capsys):
     torch.set_num_threads(1)
     names: dict[str, object] = {}
-    for block in BLOCKS:
+    for block in blocks_of(page):
         exec(compile(block, "python.md", "exec"), names)
         printed = capsys.readouterr().out.splitlines()
         for said in re.findall(r"^ *print\(.*\)  # (.*)$", block, re.M):

@@ -1,0 +1,47 @@
+"""How much memory may be taken by what is kept of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from specvlm.decoding.prefixes import PrefixStore
+from specvlm.models.memory_plan import free_bytes
+
+GIB = 2**30
+SHARE = 0.25  # share of a device's free memory that is taken by default
+MOST_ON_CPU = 4 * GIB  # but no more of a CPU's
+HOST_SHARE = 0.125  # share of the host's free memory, for a GPU's less recently used rows
+MOST_ON_HOST = 16 * GIB
+
+
+def share_of(device: torch.device, free: int) -> int:
+    """Return the bytes of a device that are taken by default. free: Bytes that nothing else needs."""
+    return int(SHARE * free) if device.type != "cpu" else min(MOST_ON_CPU, int(SHARE * free))
+
+
+def host_bytes(devices: Iterable[torch.device]) -> int:
+    """Return the bytes of host memory to which rows of these devices may move. None for rows of a CPU."""
+    if all(device.type == "cpu" for device in devices):
+        return 0
+    return min(MOST_ON_HOST, int(HOST_SHARE * free_bytes(torch.device("cpu"))))
+
+
+def asked_bytes(devices: Iterable[torch.device], asked: str | bool | float) -> int:
+    """Return the bytes that may be kept on devices. asked: as in `store_for`."""
+    if isinstance(asked, str):
+        return sum(share_of(device, free_bytes(device)) for device in set(devices))
+    return int(GIB * asked)
+
+
+def store_for(devices: Iterable[torch.device], asked: str | bool | float = "auto") -> PrefixStore | None:
+    """Make a store.
+
+    Args:
+        devices: Devices of the target's layers.
+        asked: "auto"; False for no store; or GiB on the devices.
+    """
+    devices = list(devices)
+    size = asked_bytes(devices, asked)
+    return PrefixStore(size, host_bytes(devices)) if size else None

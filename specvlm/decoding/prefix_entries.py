@@ -1,0 +1,121 @@
+"""What is kept of prompts, and what of it a prompt matches.
+
+Shape suffixes: N video tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specvlm.decoding.prefix_keys import PromptKeys
+from specvlm.decoding.shelf import Item
+from specvlm.models.attention import AttentionCollector
+from specvlm.models.kept import write_rows
+from specvlm.models.kv_cache import KVCache
+from specvlm.types import VideoPrompt
+
+
+class Ending(NamedTuple):
+    """What a prefill ends with, for requests with the same whole prompt.
+
+    Attributes:
+        logits_1V: Logits of the next token.
+        collector: Signals recorded on the way, or None.
+    """
+
+    logits_1V: Tensor
+    collector: AttentionCollector | None
+
+
+@dataclass(eq=False)
+class Entry(Item):
+    """Rows of slots start..end-1 of a target's cache.
+
+    Attributes:
+        start: First slot.
+        end: Slot after the last one.
+        tail: Tokens of the text behind the last video, up to `end`. Empty for the rows of a video and what precedes it.
+        signals: Names of what a collector recorded of the video tokens; their tensors are behind those of the rows.
+        seconds: Time that the target took for these rows when they were computed.
+        ending: What a prefill ended with that ended with these rows.
+    """
+
+    start: int = 0
+    end: int = 0
+    tail: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    signals: tuple[str, ...] = ()
+    seconds: float = 0.0
+    ending: Ending | None = None
+
+    def write(self, cache: KVCache, start: int, end: int) -> None:
+        """Write the rows between two slots to a cache."""
+        start, end = max(start, self.start), min(end, self.end)
+        if start < end:
+            rows = self.kept.tensors[: len(self.kept.tensors) - len(self.signals)]
+            write_rows(cache, rows, self.start, start, end)
+
+    def recorded(self) -> dict[str, Tensor]:
+        """Return what a collector recorded of these rows' video tokens."""
+        return dict(zip(self.signals, self.kept.tensors[len(self.kept.tensors) - len(self.signals) :], strict=True))
+
+
+@dataclass(eq=False)
+class Match:
+    """The rows of a prompt that are kept.
+
+    Attributes:
+        keys: Keys of the prompt.
+        videos: Entries up to the end of each video that is known, in order.
+        texts: Entries of the text behind the last video with the slot up to which each is used, in order.
+        slots: Number of slots whose rows are known.
+        ending: What the prefill ends with, if the whole prompt is known.
+        held: Entries that stay where they are while the match is used.
+    """
+
+    keys: PromptKeys
+    videos: list[Entry] = field(default_factory=list)
+    texts: list[tuple[Entry, int]] = field(default_factory=list)
+    slots: int = 0
+    ending: Ending | None = None
+    held: list[Entry] = field(default_factory=list)
+
+    @property
+    def alike(self) -> bool:
+        """Whether the rows of the text behind the last video depend on nothing but what precedes each of them."""
+        return self.keys.prompt.text == self.keys.prompt.cut
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All entries."""
+        return [*self.videos, *(entry for entry, _ in self.texts)]
+
+    @property
+    def last(self) -> Entry | None:
+        """The entry with the last known row."""
+        return next(reversed(self.entries), None)
+
+    def write(self, cache: KVCache, start: int, end: int) -> None:
+        """Write the known rows between two slots to a cache, and set its length."""
+        for entry in self.videos:
+            entry.write(cache, start, end)
+        for entry, upto in self.texts:
+            entry.write(cache, start, min(end, upto))
+        cache.length = end
+
+    def seconds(self, slots: int) -> float:
+        """Time that the rows up to a slot took when they were computed."""
+        spans = [*((entry, entry.end) for entry in self.videos), *self.texts]
+        sizes = [(entry, min(upto, slots) - entry.start) for entry, upto in spans]
+        return sum(entry.seconds * max(0, size) / (entry.end - entry.start) for entry, size in sizes)
+
+
+def split_by_video(collector: AttentionCollector | None, prompt: VideoPrompt) -> list[dict[str, Tensor]]:
+    """Split what a collector recorded of the video tokens by video."""
+    recorded = {} if collector is None else collector.recorded()
+    sizes = [len(grid) for grid in prompt.grids]
+    split = {name: values.split(sizes) for name, values in recorded.items()}
+    return [{name: parts[number] for name, parts in split.items()} for number in range(len(sizes))]

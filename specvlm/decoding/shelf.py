@@ -1,0 +1,139 @@
+"""Keep the most recently used items within a budget of bytes: on their devices first, then in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+from specvlm.models.kept import Kept
+
+
+@dataclass(eq=False)
+class Item:
+    """Something that is kept.
+
+    Attributes:
+        kept: Its tensors.
+        parent: Item without which it is of no use, and which is therefore not dropped before it.
+        more: Bytes on the device besides `kept`.
+        users: Number of running requests that read it now. While there are any, it stays where it is.
+        children: Number of items whose parent it is.
+        used: Time of its last use, counted in uses.
+    """
+
+    kept: Kept
+    parent: Item | None = None
+    more: int = 0
+    users: int = 0
+    children: int = 0
+    used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes where it is."""
+        return self.kept.nbytes + self.more
+
+
+@dataclass
+class Shelf:
+    """Holds items within a budget, and drops the least recently used.
+
+    Attributes:
+        device_bytes: Most bytes on devices.
+        host_bytes: Most bytes in host memory, to which items move that have no place on a device any more.
+        damaged: Number of copies in host memory that were not what was put there, and so were dropped.
+    """
+
+    device_bytes: int
+    host_bytes: int = 0
+    damaged: int = 0
+    items: set[Item] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._clock = count(1)
+
+    def nbytes(self, on_host: bool = False) -> int:
+        """Bytes of all items, of those on devices or of those in host memory."""
+        return sum(item.nbytes for item in self.items if item.kept.on_host is on_host)
+
+    def put(self, item: Item) -> None:
+        """Add an item for which there is room (`make_room`)."""
+        self.items.add(item)
+        if item.parent is not None:
+            item.parent.children += 1
+        self.touch(item)
+
+    def touch(self, item: Item | None) -> None:
+        """Note that an item, and those that it depends on, are used now."""
+        now = next(self._clock)
+        while item is not None:
+            item.used, item = now, item.parent
+
+    def load(self, item: Item) -> bool:
+        """Bring an item back to its device. Drops it and returns False if that is not possible.
+
+        An item that has no room there stays in host memory, also with False.
+        """
+        if item not in self.items:
+            return False
+        if not item.kept.on_host:
+            return True
+        if not self.make_room(item.nbytes, item) or item not in self.items:
+            return False
+        if item.kept.load():
+            return True
+        self.damaged += 1
+        self.drop(item)
+        return False
+
+    def make_room(self, size: int, keep: Item | None = None) -> bool:
+        """Move or drop the least recently used items until there is room on the devices. Returns whether there is.
+
+        keep: An item that stays where it is.
+        """
+        if size > self.device_bytes:
+            return False
+        if keep is not None:
+            keep.users += 1
+        try:
+            while self.nbytes() + size > self.device_bytes:
+                movable = [item for item in self.items if not item.kept.on_host and not item.users]
+                item = min(movable, key=lambda item: (item.used, item.children), default=None)
+                if item is None or not (self._move(item) or self._drop_leaf(on_host=False)):
+                    return False
+            return True
+        finally:
+            if keep is not None:
+                keep.users -= 1
+
+    def _move(self, item: Item) -> bool:
+        """Move an item to host memory, if it has room there."""
+        if item.nbytes > self.host_bytes:
+            return False
+        while self.nbytes(on_host=True) + item.nbytes > self.host_bytes:
+            if not self._drop_leaf(on_host=True):
+                return False
+        item.kept.offload()
+        return True
+
+    def _drop_leaf(self, on_host: bool) -> bool:
+        """Drop the least recently used item on which no other depends."""
+        leaves = [item for item in self.items if item.kept.on_host is on_host and not item.users and not item.children]
+        item = min(leaves, key=lambda item: item.used, default=None)
+        if item is not None:
+            self.drop(item)
+        return item is not None
+
+    def drop(self, item: Item) -> None:
+        """Drop an item and all that depend on it."""
+        if item not in self.items:
+            return
+        for other in [other for other in self.items if other.parent is item]:
+            self.drop(other)
+        self.items.discard(item)
+        if item.parent is not None:
+            item.parent.children -= 1
+
+    def empty(self) -> None:
+        """Drop all items."""
+        self.items.clear()

@@ -1,0 +1,109 @@
+"""Remember what video files gave, so that a file whose video is known need not be decoded again."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from threading import Lock
+from time import time_ns
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from specvlm.errors import UserError
+from specvlm.models.video_lm import VideoLM
+from specvlm.types.pixels import LateVideo, pixel_digest
+from specvlm.video.video import Clip, Processed
+
+MOST = 4096  # files that are remembered
+RACY_NS = 100_000_000  # a file that was written this shortly before it was read may be written again at the same time
+
+
+class Known(NamedTuple):
+    """What a file gave.
+
+    Attributes:
+        made: The processed video without its tensors.
+        digest: Digest of its pixels.
+        vision_rows: Patches in the largest pass of the vision tower.
+    """
+
+    made: Processed
+    digest: str
+    vision_rows: int
+
+
+class KnownVideos:
+    """Maps files, as they are now, to what they gave. Threads may share it.
+
+    A file is known by its path, size, times and inode, and by how its frames are sampled and processed. A file that was
+    replaced or written is read anew.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, Known] = OrderedDict()
+        self._lock = Lock()
+
+    def get(
+        self, target: VideoLM, path: Path, how: Hashable, sample: Callable[[], Clip], max_pixels: int | None = None
+    ) -> Processed:
+        """Return the processed video of a file. If the file is known, its pixels are read only if they are asked for.
+
+        Args:
+            target: The target, whose processor is used.
+            path: The file.
+            how: Everything that `sample` depends on besides target and file.
+            sample: Reads the frames.
+            max_pixels: As in `VideoLM.prompt`.
+
+        Raises:
+            UserError: As `sample` and the processor do. From the pixels: the file has changed since.
+        """
+        key = (identity(path), how, max_pixels, type(target), str(target.folder))
+
+        def read() -> Processed:
+            return target.processed(sample(), max_pixels)
+
+        with self._lock:
+            known = self._known.get(key)
+            if known is not None:
+                self._known.move_to_end(key)
+        if known is not None:
+            return late(known, read, path)
+        found = read()
+        if key[0] is not None and key[0] == identity(path):
+            self._remember(key, found, target)
+        return found
+
+    def _remember(self, key: Hashable, found: Processed, target: VideoLM) -> None:
+        small: dict[str, Any] = {name: value for name, value in found.video.items() if not isinstance(value, Tensor)}
+        known = Known(found._replace(video=small), pixel_digest(found.video), target.vision_rows(found.video))
+        with self._lock:
+            self._known[key] = known
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
+
+
+def identity(path: Path) -> tuple[Hashable, ...] | None:
+    """Tell a file, as it is now, from others. None if it is not there, or was written just now."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if abs(time_ns() - stat.st_mtime_ns) < RACY_NS or abs(time_ns() - stat.st_ctime_ns) < RACY_NS:
+        return None
+    return os.path.abspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def late(known: Known, read: Callable[[], Processed], path: Path) -> Processed:
+    """Make the processed video of a known file, whose pixels are read once they are asked for."""
+
+    def pixels() -> dict[str, Any]:
+        video = read().video
+        if pixel_digest(video) != known.digest:
+            raise UserError(f"{path} has changed since it was looked at: ask again")
+        return video
+
+    return known.made._replace(video=LateVideo(known.made.video, pixels, known.digest, known.vision_rows))

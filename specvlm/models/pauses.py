@@ -1,0 +1,38 @@
+"""Points at which long work may rest, and the end of a generator that has nothing else to yield."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Pauses: TypeAlias = "Generator[Pause, None, T]"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A point at which a prefill may rest, so that a scheduler runs other requests in between. There is nothing to run.
+
+    Attributes:
+        device: Device of the work so far.
+        waits: Whether it waits for another request, so that going on at once would be of no use.
+    """
+
+    device: torch.device
+    waits: bool = False
+
+
+def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any] = lambda pause: None) -> T:
+    """Run a generator of passes or pauses to its end and return its result.
+
+    run: maps a yielded item to what is sent back.
+    """
+    try:
+        item = next(work)
+        while True:
+            item = work.send(run(item))
+    except StopIteration as end:
+        return end.value
