@@ -184,7 +184,7 @@ def test_without_a_device_of_its_own_the_draft_does_not_guess_on():
 
 def fitting(session, passes: int):
     """Let a session guess on as on a device of its own; the verdict comes after so many passes. Returns their number."""
-    session.limit, session.fitting, ran = len(session.plan.pieces), True, Counted()
+    session.pieces, session.fitting, ran = [*map(session._piece, range(len(session.plan.pieces)))], True, Counted()
     work = session.guess_on(lambda: ran.passes >= passes)
     if work is None:
         return None
@@ -276,7 +276,7 @@ def test_rounds_do_not_depend_on_when_verdicts_come(shape, verifier, monkeypatch
 
     def apart(self, *given):
         real(self, *given)
-        self.limit, self.fitting = len(self.plan.pieces), True
+        self.pieces, self.fitting = [*map(self._piece, range(len(self.plan.pieces)))], True
 
     want = list(graph_of("qwen2_5_vl", TreeDrafter(shape), verifier).decode(tiny.prompt("qwen2_5_vl"), 40))
     monkeypatch.setattr(overlap.OverlapSession, "__init__", apart)

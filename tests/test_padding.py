@@ -26,7 +26,7 @@ def model_of(*mlps: nn.Module, text: nn.Module) -> nn.Module:
     """A model with the parts that `pad_tower` looks at."""
     hf, hf_model = nn.Module(), nn.Module()
     hf_model.visual, hf_model.language_model = nn.ModuleList(mlps), text
-    hf.model = hf_model
+    hf.model, hf.get_decoder = hf_model, lambda: text
     return hf
 
 

@@ -33,8 +33,9 @@ from specvlm.types import GenerationOptions, Verdict
 
 OUT = Path(__file__).with_name("outcomes.jsonl")
 PRUNERS: dict[str, Pruner] = {"two_stage mass=0.2": TwoStagePruner(mass=0.2), "uniform": UniformPruner()}
-SHAPES = ("chain:5", "chain:9", "paper")
-RATIO, LIMIT, RANKS = 0.9, 120, 4
+# Corrections per node. A chain follows all of them; of a tree's outcomes only the likeliest fit into a pass.
+SHAPES = {"chain:5": 4, "chain:9": 4, "paper": 2}
+RATIO, LIMIT = 0.9, 120
 ENGINE = Engine()
 
 
@@ -55,15 +56,15 @@ def outcomes(session: OverlapSession, answer: Sequence[int]) -> Iterator[tuple[i
         yield verdict.accepted, -1 if number is None else session.plan.outcomes[number][1]
 
 
-def rows(target: VideoLM, draft: VideoLM, family: str, scene: int) -> Iterator[dict[str, Any]]:
+def rows(target: VideoLM, draft: VideoLM, family: str, scene: int, shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of one scene."""
     prompt, _ = scene_request(target, family, "caption", scene)
     collector = AttentionCollector(prompt.video_index, rows=True, last_row=True)
     features = target.features(prompt)
     answer, _ = answered(target, prompt, features, collector, LIMIT)
     for name, pruner in PRUNERS.items():
-        for shape in SHAPES:
-            drafter, generator = OverlapDrafter(shape, corrections=RANKS, ahead=129), generator_for(scene)
+        for shape in shapes:
+            drafter, generator = OverlapDrafter(shape, corrections=SHAPES[shape], ahead=129), generator_for(scene)
             graph = DecodingGraph(target, draft, pruner, drafter, GreedyVerifier(), GenerationOptions(ratio=RATIO))
             keep = graph.select(prompt, collector, features, generator)
             context = DraftContext(
@@ -86,13 +87,14 @@ def main() -> None:
     parser.add_argument("--family", required=True)
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     target, draft = (load(model_folder(f"embedded:{options.family}/{name}"), "float32") for name in ("target", "plain"))
     for scene in range(options.first, options.first + options.scenes):
         with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows(target, draft, options.family, scene))
+            file.writelines(json.dumps(row) + "\n" for row in rows(target, draft, options.family, scene, options.shapes))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class OverlapSession(TreeSession):
         self.plan: Plan = plan_of(shape, more, sample, model.head_device)
         super().__init__(ctx, model, shape, rule, self.plan.rows, more)
         apart = model.ranks.size == 1 and model.head_device not in [stage.device for stage in ctx.target.stages]
-        self.limit, self.fitting = drafter.ahead or (len(self.plan.pieces) if apart else 0), not drafter.ahead
+        limit, self.fitting = drafter.ahead or (DEEPEST + 1 if apart else 0), not drafter.ahead
         self.depth, self.pace = len(shape.levels), Pace()
         self.expanded = torch.tensor([node for level in shape.levels for node in level], device=self.device)
         self.others = torch.zeros(len(self.expanded), more, dtype=torch.int64, device=self.device)
@@ -161,27 +161,28 @@ class OverlapSession(TreeSession):
         self.passes = self.late = 0  # passes ahead in this round; levels of the last tree that were drafted after the verdict
         self.q_QV: list[Tensor] = []
         self.bonuses: HostCopy | None = None
+        self.pieces = [self._piece(number) for number in range(min(limit, len(self.plan.pieces)))]
         self.taking = Routine(
             partial(take, self.plan), ("take", shape, more, sample), model, self.cache, 1, (self.free, 0), (self.pool,)
         )
 
     def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
         self.passes, self.q_QV, self.bonuses = 0, [], None
-        return self._guess_on(done) if self.limit else None
+        return self._guess_on(done) if self.pieces else None
 
     def _guess_on(self, done: Callable[[], bool]) -> Work[None]:
         """Run passes below the outcomes: the given number, or until the verdict is there."""
-        found, running, most = [self.tokens, self.others.flatten()], deque[HostCopy](), min(self.limit, len(self.plan.pieces))
+        found, running = [self.tokens, self.others.flatten()], deque[HostCopy]()
         self.pool = torch.cat([*found, self.pool.new_zeros(self.plan.size - sum(map(len, found)))])
         state = (self.root, self.cache.offset, *self.noise)
         self.pace.begin(self.late)
-        while self.passes < most and not (self.fitting and done()):
+        while self.passes < len(self.pieces) and not (self.fitting and done()):
             while running and running[0].done:
                 running.popleft()
             if self.fitting and not self.pace.starts(len(running)):
                 sleep(POLL_S)
                 continue
-            self.pool, *q = yield self._piece(self.passes)(state, self.pool, self._races())
+            self.pool, *q = yield self.pieces[self.passes](state, self.pool, self._races())
             running.append(HostCopy(self.pool.index_select(0, self.plan.bonus_O)))
             self.passes, self.q_QV = self.passes + 1, [*self.q_QV, *q]
             self.bonuses = self.bonuses or running[-1]
