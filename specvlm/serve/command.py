@@ -43,7 +43,7 @@ def command(words: Sequence[str]) -> int:
     from specvlm.app.request import threads
     from specvlm.serve.app import App
     from specvlm.serve.chat import Chat
-    from specvlm.serve.reading import warm_up
+    from specvlm.serve.reading import SERVER
     from specvlm.serve.server import Server, bound
     from specvlm.serve.settings import NAMES, Keys, Settings
 
@@ -55,7 +55,8 @@ def command(words: Sequence[str]) -> int:
     cfg = compose.jobs(quoted([word for word in words if word not in own], sweep=False), sweep=False)[0].cfg
     check(cfg)
     with bound(settings) as taken, threads(cfg.threads):
-        warm_up()
+        if SERVER.works_here:
+            SERVER.start()
         session = session_of(cfg)
         server = Server(App(Chat(session, settings, settings.name or name_of(cfg)), keys))
         server.run(sockets=[taken])

@@ -1,8 +1,16 @@
-"""Read a video in a process of its own, with limits on memory and processor time. The fork server imports this."""
+"""Read videos, each in a process of its own with limits on memory and time: `python -m specvlm.serve.read_process FD`.
+
+The process that this starts imports what reading needs, once, and has no threads. It forks for each video. The fork
+server of `multiprocessing` would import the main program again in each child.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -15,6 +23,7 @@ import torch
 from specvlm.errors import UserError, first_line, message
 from specvlm.video.video import MAX_FRAMES, VideoInfo, probe, read_video
 
+LONGEST = 2**16  # bytes of a message
 SPARE = 2 * 2**30  # bytes that reading may take beyond the frames twice
 # What a clip has beside its frames, and a sender may tell.
 TOLD = ("times", "fps", "total_frames", "source_fps", "reader")
@@ -35,6 +44,26 @@ class Limits:
     pixels: int
     size: int
     seconds: float
+
+
+def serve(control: socket.socket) -> None:
+    """Fork for each message, which comes with a connection for the child, until the other end is closed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, whose end closes the other end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing to wait for
+    while True:
+        message, given, _, _ = socket.recv_fds(control, LONGEST, 1)
+        if not message:
+            return
+        if os.fork():
+            os.close(given[0])
+            continue
+        try:
+            control.close()
+            asked = json.loads(message)
+            answer(Connection(given[0]), asked["path"], asked["reader"], Limits(**asked["limits"]))
+        finally:
+            os._exit(0)
 
 
 def answer(connection: Connection, path: str, reader: str, limits: Limits) -> None:
@@ -91,15 +120,22 @@ def _say(connection: Connection, error: str) -> None:
 
 
 def _limit(limits: Limits) -> None:
-    """Limit memory and processor time of this process."""
+    """Limit memory and time of this process."""
     import resource
 
     import psutil
 
-    torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, limits.seconds)  # ends this process, whatever it does
     seconds = int(2 * limits.seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = psutil.Process().memory_info().vms + 2 * limits.size + SPARE
     with suppress(OSError, ValueError):  # not every system has this limit
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        serve(end)

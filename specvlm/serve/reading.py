@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Timer
+from threading import Lock
+from time import monotonic
 from typing import Any
 
 import torch
@@ -17,13 +22,14 @@ from torch import Tensor
 
 from specvlm.errors import UserError, line, message
 from specvlm.models.video_lm import VideoLM
-from specvlm.serve.read_process import Limits, answer
+from specvlm.serve.read_process import Limits
 from specvlm.session.inputs import Source, clip_of
 from specvlm.session.options import Options
 from specvlm.video.memory import detached
 from specvlm.video.video import Clip, VideoInfo
 
 LONGEST = 2**22  # bytes of what the process tells beside the frames
+STARTING_S = 60.0  # seconds that the first video may wait for the process to start
 
 
 class Told(BaseModel):
@@ -39,22 +45,41 @@ class Told(BaseModel):
     reader: str = Field(max_length=1000)
 
 
-@cache
-def _context() -> Any:
-    """The fork server, which has imported what reading needs; None where processes cannot be forked."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["specvlm.serve.read_process"])
-    return context
+class ReadServer:
+    """The process that forks for each video (see `read_process`). It is started again if it has ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._starting = Lock()
+
+    @property
+    def works_here(self) -> bool:
+        """Whether this system can fork, and send open files to other processes."""
+        return sys.platform == "linux"
+
+    def start(self) -> socket.socket:
+        """Start the process, unless it runs. Does not wait for its imports, which take seconds."""
+        with self._starting:
+            if self._control is None or self._process is None or self._process.poll() is not None:
+                self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+                command = [sys.executable, "-m", "specvlm.serve.read_process", str(theirs.fileno())]
+                env, files = os.environ | {"PYTHONPATH": path}, [theirs.fileno()]
+                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, pass_fds=files)
+                theirs.close()
+            return self._control
+
+    def ask(self, path: Path, reader: str, limits: Limits) -> Connection:
+        """Begin to read a video. Returns the connection to the process that does."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            message = {"path": str(path), "reader": reader, "limits": asdict(limits)}
+            socket.send_fds(self.start(), [json.dumps(message).encode()], [theirs.fileno()])
+        return Connection(ours.detach())
 
 
-def warm_up() -> None:
-    """Start the fork server, whose imports take seconds, without waiting for it."""
-    if _context() is not None:
-        from multiprocessing.forkserver import ensure_running
-
-        ensure_running()
+SERVER = ReadServer()
 
 
 def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip:
@@ -66,7 +91,7 @@ def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> 
         UserError: It cannot be read within the limits. The message does not name the file.
     """
     try:
-        if _context() is None:
+        if not SERVER.works_here:
             clip = clip_of(Source(target, options), path)
             assert isinstance(clip, Clip)  # no file is known
             return detached(clip, "the video")
@@ -76,32 +101,23 @@ def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> 
 
 
 def _read(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip:
-    """Read in a process, which is killed after the time limit."""
-    here, there = _context().Pipe()
-    process = _context().Process(target=answer, args=(there, str(path), options.reader, limits), daemon=True)
-    process.start()
-    there.close()
-    timer = Timer(limits.seconds, process.kill)
-    timer.start()
+    """Read in a process, which ends at the time limit."""
+    end = monotonic() + limits.seconds
     try:
-        info = VideoInfo(**_heard(here)["info"])
-        sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
-        here.send(sampling if any(sampling.values()) else target.sampling(info))
-        return _clip(here, limits)
+        with SERVER.ask(path.absolute(), options.reader, limits) as here:
+            if not here.poll(limits.seconds + STARTING_S):
+                raise TimeoutError
+            info = VideoInfo(**_heard(here)["info"])
+            sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
+            here.send(sampling if any(sampling.values()) else target.sampling(info))
+            return _clip(here, limits)
     except (EOFError, OSError):
-        late = not timer.is_alive()
-        what = f"did not end within {limits.seconds:g} s" if late else "crashed"
+        what = f"did not end within {limits.seconds:g} s" if monotonic() >= end else "crashed"
         raise UserError(f"the video cannot be read: the reader {what}") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError("the video cannot be read: the reader gave no clip") from None
-    finally:
-        timer.cancel()
-        here.close()
-        process.kill()
-        process.join()
-        process.close()
 
 
 def _heard(here: Any) -> Mapping[str, Any]:
