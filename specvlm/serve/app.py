@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -23,12 +23,16 @@ from specvlm.serve.chat import Chat
 from specvlm.serve.errors import DRAINING, FAULT, ApiError
 from specvlm.serve.metrics import TYPE
 from specvlm.serve.settings import Keys
-from specvlm.video.clips import names
+from specvlm.video.clips import FOLDER, names
 
 PAGE = Path(__file__).parent / "page"
+SHARED = ("specvlm.results", "page")  # parts that the report has, too
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
-POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; media-src blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode())]
 
 
@@ -48,13 +52,17 @@ class App:
             Route("/models", self._models, methods=["GET"]),
             Route("/models/{name:path}", self._model, methods=["GET"]),
         ]
-        own = [Route("/views/{name}", self._view, methods=["GET"]), Route("/info", self._info, methods=["GET"])]
+        own = [
+            Route("/info", self._info, methods=["GET"]),
+            Route("/views/{name}", self._view, methods=["GET"]),
+            Route("/clips/{name}", self._clip, methods=["GET"]),
+        ]
         routes = [
             Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
             Mount("/specvlm", routes=own),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            Mount("/", StaticFiles(directory=PAGE, packages=[SHARED], html=True)),
         ]
         handlers: dict[Any, Any] = {HTTPException: _told, ApiError: _told, Exception: _fault}
         self._inner = Starlette(routes=routes, exception_handlers=handlers)
@@ -98,6 +106,11 @@ class App:
         if (view := self.chat.views.get(request.path_params["name"])) is None:
             raise ApiError(404, "there is no view of this answer (any more): ask with specvlm.explain", code="no_view")
         return JSONResponse(view, headers={"cache-control": "no-store"})
+
+    async def _clip(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) not in names():
+            raise ApiError(404, f"there is no such clip; there is {', '.join(names())}", code="no_such_file")
+        return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
         settings, options = self.chat.settings, self.chat.session.options
