@@ -3,7 +3,7 @@ import { Problem, call, stream, useKey } from "./calls.js";
 import { Player, addWord, bytes } from "./player.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { info: null, video: null, turns: [], running: null, choosing: 0 };
+const state = { info: null, video: null, turns: [], shown: [], running: null, choosing: 0 };
 const player = new Player();
 
 function made(kind, name = "", text = "") {
@@ -65,14 +65,15 @@ function choose(name, url, shown) {
   URL.revokeObjectURL($("preview").src);
   state.video = { name, url };
   state.turns = [];
+  state.shown = [];
   player.play(false);
   $("turns").replaceChildren();
   $("empty").hidden = $("chosen").hidden = $("preview").hidden = false;
-  $("screen").hidden = true;
+  $("screen").hidden = $("saw").hidden = true;
   $("chosen").textContent = name;
   $("preview").src = URL.createObjectURL(shown);
   for (const example of $("examples").children) example.setAttribute("aria-pressed", example.textContent === name && url === `embedded:${name}`);
-  $("question").focus({ preventScroll: true });
+  if (matchMedia("(pointer: fine)").matches) $("question").focus({ preventScroll: true }); // a phone would open its keyboard
 }
 
 async function chooseClip(name) {
@@ -101,7 +102,7 @@ async function showView(path) {
   if (!video) return;
   $("preview").pause();
   $("preview").hidden = true;
-  $("screen").hidden = false;
+  $("screen").hidden = $("saw").hidden = false;
   player.open(video, bytes(kept.bits));
 }
 
@@ -123,7 +124,9 @@ function opened(question) {
   item.append(made("p", "question", question), answer, result);
   $("turns").append(item);
   $("empty").hidden = true;
-  return { question, text: "", item, answer, result };
+  const turn = { question, text: "", rounds: [], item, answer, result };
+  state.shown.push(turn);
+  return turn;
 }
 
 // Run a request that Cancel ends. Returns whether it came to its end.
@@ -154,15 +157,16 @@ function cancel() {
 
 // Keep the end of a growing answer in sight, if it was.
 function growing(item, grow) {
-  const seen = item.getBoundingClientRect().bottom <= window.innerHeight;
+  const end = Math.min(window.innerHeight, $("turns").getBoundingClientRect().bottom + 1);
+  const seen = item.getBoundingClientRect().bottom <= end;
   grow();
   if (seen) item.scrollIntoView({ block: "nearest" });
 }
 
-function addRound(turn, { round, accepted, refused, own }) {
+function write(turn, { round, accepted, refused, own }) {
   const title = round ? `round ${round}: ${accepted.length} accepted` : "the prefill's own token";
   addWord(turn.answer, "accepted", accepted.join(""), title);
-  addWord(turn.answer, "refused", refused.join(""), `${title}, then refused`);
+  if ($("refused").checked) addWord(turn.answer, "refused", refused.join(""), `${title}, then refused`);
   addWord(turn.answer, "own", own, title);
 }
 
@@ -190,7 +194,10 @@ async function ask(question) {
 function take(turn, chunk, video) {
   turn.text += chunk.choices[0]?.delta.content ?? "";
   if (chunk.usage) turn.numbers = chunk;
-  if (chunk.specvlm?.round) growing(turn.item, () => addRound(turn, chunk.specvlm.round));
+  if (chunk.specvlm?.round) {
+    turn.rounds.push(chunk.specvlm.round);
+    growing(turn.item, () => write(turn, chunk.specvlm.round));
+  }
   if (chunk.specvlm?.view && video === state.video) showView(chunk.specvlm.view).catch(tell);
 }
 
@@ -212,8 +219,7 @@ function finish(turn, asked, video) {
   const mean = counts.num_spec_steps ? `, ${(counts.num_accepted_draft_tokens / counts.num_spec_steps).toFixed(2)} accepted per round` : "";
   const kept = specvlm.kept_tokens === null ? "" : `; the drafter saw ${specvlm.kept_tokens} of ${specvlm.video_tokens} video tokens`;
   growing(turn.item, () => {
-    turn.result.textContent = `${usage.completion_tokens} tokens in ${specvlm.rounds} rounds${mean}${kept}`;
-    if (!turn.text) turn.answer.append(made("span", "note", "(an empty answer)"));
+    turn.result.textContent = `${turn.text ? "" : "an empty answer: "}${usage.completion_tokens} tokens in ${specvlm.rounds} rounds${mean}${kept}`;
     const compare = button("Compare with the target alone", () => guarded(() => beside(turn, asked, compare)));
     turn.item.append(compare);
   });
@@ -223,7 +229,7 @@ function finish(turn, asked, video) {
 
 // ---- beside the target alone --------------------------------------------------------------------------------------------
 // A time of one run is noise beyond its second digit.
-const rounded = (value) => Number(value.toPrecision(2)).toString();
+const rounded = (value) => value < 10 ? value.toPrecision(2) : Number(value.toPrecision(2)).toString();
 
 function bar(name, speed, most) {
   const row = made("div", "bar"), track = made("span", "track"), part = made("span", "part");
@@ -263,12 +269,12 @@ function compared(turn, place, answer, numbers) {
   const same = answer.textContent === turn.text;
   const [ours, alone] = [turn.numbers, numbers].map((one) => one.specvlm.tokens_per_second ?? 0), most = Math.max(ours, alone);
   const verdict = made("p", `verdict ${same ? "good" : turn.numbers.specvlm.lossless ? "bad" : "open"}`, same ? "identical" : "different");
-  const times = ours && alone ? `${rounded(ours / alone)} times as fast. ` : "";
+  const times = ours && alone ? `Speed-up ${rounded(ours / alone)}. ` : "";
   growing(place, () => {
     answer.before(verdict);
     if (same) answer.remove();
     place.append(bar("the pair", ours, most), bar("the target alone", alone, most));
-    place.append(made("p", "note", `${times}Tokens after the first, of one run each: other requests and the machine's noise change them.`));
+    place.append(made("p", "note", `${times}From one run each, without the first token: other requests and noise change it.`));
   });
   $("said").textContent = `${verdict.textContent} answers. ${times}`;
 }
@@ -294,7 +300,10 @@ $("question").addEventListener("keydown", (event) => {
 });
 $("cancel").addEventListener("click", () => { cancel(); $("question").focus(); });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") cancel(); });
-$("refused").addEventListener("change", () => $("turns").classList.toggle("hide-refused", !$("refused").checked));
+$("refused").addEventListener("change", () => state.shown.forEach((turn) => {
+  turn.answer.replaceChildren();
+  turn.rounds.forEach((round) => write(turn, round));
+}));
 $("preview").addEventListener("error", () => { $("preview").hidden = true; }); // the server may read what the browser cannot
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
