@@ -94,8 +94,7 @@ def page(
         base: Name of the job to compare with, see `bases`.
         failed: One line for each job without results.
     """
-    parts = files("specvlm.report") / "template"
-    style, script = ((parts / name).read_text(encoding="utf-8") for name in ("style.css", "player.js"))
+    style, script = part("look.css") + part("style.css"), part("player.js") + part("page.js")
     library, made = bundle(), groups(jobs, base)
     numbers = {job: number for number, job in enumerate(jobs)}
     # Escape everything that is not marked safe: texts come from models, file names and data sets.
@@ -118,6 +117,12 @@ def page(
         script=script,
         hashes=" ".join(f"'sha256-{sha(text)}'" for text in (library, script)),
     )
+
+
+def part(name: str) -> str:
+    """Text of a part of the page: the report's own, or one that the server's page has, too."""
+    places = (files("specvlm.report") / "template", files("specvlm.results") / "page")
+    return next(place / name for place in places if (place / name).is_file()).read_text(encoding="utf-8")
 
 
 def breakable(name: str) -> Markup:

@@ -72,5 +72,5 @@ def coloured(part: Any) -> Any:
 @cache
 def colours() -> dict[str, str]:
     """Light colours of the page by the name of their CSS variable."""
-    style = (files("specvlm.report") / "template" / "style.css").read_text(encoding="utf-8")
+    style = (files("specvlm.results") / "page" / "look.css").read_text(encoding="utf-8")
     return dict(re.findall(r"(--\w+): (#\w+);", style[: style.index("@media")]))

@@ -26,9 +26,13 @@ from specvlm.serve.settings import Keys
 from specvlm.video.clips import FOLDER, names
 
 PAGE = Path(__file__).parent / "page"
+SHARED = ("specvlm.results", "page")  # parts that the report has, too
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
-POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; media-src blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode())]
 
 
@@ -49,16 +53,22 @@ class App:
             Route("/models/{name:path}", self._model, methods=["GET"]),
         ]
         own = [
+<<<<<<< HEAD
             Route("/views/{name}", self._view, methods=["GET"]),
             Route("/clips/{name}", self._clip, methods=["GET"]),
             Route("/info", self._info, methods=["GET"]),
+=======
+            Route("/info", self._info, methods=["GET"]),
+            Route("/views/{name}", self._view, methods=["GET"]),
+            Route("/clips/{name}", self._clip, methods=["GET"]),
+>>>>>>> page23
         ]
         routes = [
             Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
             Mount("/specvlm", routes=own),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            Mount("/", StaticFiles(directory=PAGE, packages=[SHARED], html=True)),
         ]
         handlers: dict[Any, Any] = {HTTPException: _told, ApiError: _told, Exception: _fault}
         self._inner = Starlette(routes=routes, exception_handlers=handlers)
@@ -105,7 +115,11 @@ class App:
 
     async def _clip(self, request: Request) -> Response:
         if (name := request.path_params["name"]) not in names():
+<<<<<<< HEAD
             raise ApiError(404, "there is no such clip", code="no_such_file")
+=======
+            raise ApiError(404, f"there is no such clip; there is {', '.join(names())}", code="no_such_file")
+>>>>>>> page23
         return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
