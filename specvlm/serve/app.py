@@ -53,15 +53,9 @@ class App:
             Route("/models/{name:path}", self._model, methods=["GET"]),
         ]
         own = [
-<<<<<<< HEAD
-            Route("/views/{name}", self._view, methods=["GET"]),
-            Route("/clips/{name}", self._clip, methods=["GET"]),
-            Route("/info", self._info, methods=["GET"]),
-=======
             Route("/info", self._info, methods=["GET"]),
             Route("/views/{name}", self._view, methods=["GET"]),
             Route("/clips/{name}", self._clip, methods=["GET"]),
->>>>>>> page23
         ]
         routes = [
             Mount("/v1", routes=v1),  # mounted, or the page's folder would answer for their other methods
@@ -115,11 +109,7 @@ class App:
 
     async def _clip(self, request: Request) -> Response:
         if (name := request.path_params["name"]) not in names():
-<<<<<<< HEAD
-            raise ApiError(404, "there is no such clip", code="no_such_file")
-=======
             raise ApiError(404, f"there is no such clip; there is {', '.join(names())}", code="no_such_file")
->>>>>>> page23
         return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
