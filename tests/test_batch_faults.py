@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass
+from math import inf
 from threading import Thread
 from time import sleep
 from weakref import ref
@@ -43,7 +44,7 @@ def joined(monkeypatch):
 
 def together(engine, graphs, scheduler=None):
     """Run a request of each graph on one scheduler. Returns their answers; of those that fail, the error."""
-    scheduler, found = scheduler or Scheduler(engine), []
+    scheduler, found = scheduler or Scheduler(engine, stall_s=inf), []
     tickets = [scheduler.submit(graph.work(*request_of(FAMILY, number))) for number, graph in enumerate(graphs)]
     for ticket in tickets:
         try:
@@ -63,7 +64,7 @@ def test_unlike_requests_answer_as_alone(family):
     engine = GraphsEngine("direct")
     graphs = [graph_of(family, one, RULES[n % 3], engine=engine, seed=n) for n, one in enumerate((*DRAFTERS, *DRAFTERS[:2]))]
     want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
-    scheduler, target = Scheduler(engine), graphs[0].target
+    scheduler, target = Scheduler(engine, stall_s=inf), graphs[0].target
     works = [graph.work(*request_of(family, number)) for number, graph in enumerate(graphs)]
     plain = autoregressive_work(target, *request_of(family, 3), RULES[0], graphs[0].caches, engine)
     tickets = [scheduler.submit(work) for work in (*works, plain)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from dataclasses import dataclass, replace
+from math import inf
 from threading import Thread
 
 import pytest
@@ -127,7 +128,7 @@ def test_unlike_requests_answer_as_alone_in_bfloat16(family, seed):
     right = [tokens_of(list(alone(engine, make()))) for make in makers]
     whole, fails = makers[4], chance.randint(2, 12)
     makers[4] = lambda: broken(whole(), fails)
-    scheduler, found, tickets = Scheduler(engine), {n: [] for n in range(len(makers))}, {}
+    scheduler, found, tickets = Scheduler(engine, stall_s=inf), {n: [] for n in range(len(makers))}, {}
     arrivals = {number: chance.randint(0, 6) for number in found}
     for turn in range(400):
         for number, at in arrivals.items():
@@ -155,7 +156,7 @@ def greedy_graphs(engine, *drafters):
 
 
 def joined(engine, graphs, prompts):
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, stall_s=inf)
     tickets = [scheduler.submit(graph.work(prompt)) for graph, prompt in zip(graphs, prompts, strict=True)]
     return [list(scheduler.steps(ticket)) for ticket in tickets]
 
@@ -206,7 +207,7 @@ def test_a_decision_of_the_wrong_shape_costs_its_own_request_alone():
     engine = engine_for("graphs", "cuda")
     graphs, prompts = greedy_graphs(engine, *[TreeDrafter()] * 3)
     right = [tokens_of(list(graph.decode(prompt))) for graph, prompt in zip(graphs, prompts, strict=True)]
-    scheduler = Scheduler(engine)
+    scheduler = Scheduler(engine, stall_s=inf)
     graphs[0] = replace(graphs[0], verifier=Malformed())
     bad, *good = [scheduler.submit(graph.work(prompt)) for graph, prompt in zip(graphs, prompts, strict=True)]
     assert [tokens_of(list(scheduler.steps(ticket))) for ticket in good] == right[1:]

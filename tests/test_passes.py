@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 from types import ModuleType
 
@@ -74,7 +75,7 @@ EVERY = covering(tiny.FAMILIES, DRAFTERS, VERIFIERS, ("float64", "float32"))
 def test_four_unlike_requests_joined_have_the_tokens_of_each_alone(family, drafter, verifier, dtype):
     graphs = [graph_of(family, drafter, verifier, dtype, seed=number) for number in range(4)]
     want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
-    scheduler = Scheduler(Engine())
+    scheduler = Scheduler(Engine(), stall_s=inf)
     tickets = [scheduler.submit(graph.work(*request_of(family, number))) for number, graph in enumerate(graphs)]
     assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == want
     assert scheduler.run <= 0.6 * scheduler.asked
@@ -85,7 +86,7 @@ def test_requests_of_unlike_drafters_and_rules_are_joined_too(family):
     chosen = [(DRAFTERS[number], VERIFIERS[number % 2]) for number in (0, 2, 4, 6)]
     graphs = [graph_of(family, *strategies, seed=number) for number, strategies in enumerate(chosen)]
     want = [tokens_of(list(graph.decode(*request_of(family, number)))) for number, graph in enumerate(graphs)]
-    scheduler, engine = Scheduler(Engine()), Engine()
+    scheduler, engine = Scheduler(Engine(), stall_s=inf), Engine()
     works = [graph.work(*request_of(family, number)) for number, graph in enumerate(graphs)]
     prompt, limit = request_of(family, 3)
     alone = autoregressive_work(graphs[0].target, prompt, limit, GreedyVerifier(), graphs[0].caches, engine)
@@ -97,7 +98,7 @@ def test_requests_of_unlike_drafters_and_rules_are_joined_too(family):
 def test_a_request_may_come_and_go_while_others_run():
     graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
     want = [tokens_of(list(graph.decode(*request_of("qwen2_5_vl", number)))) for number in range(3)]
-    scheduler = Scheduler(graph.engine)
+    scheduler = Scheduler(graph.engine, stall_s=inf)
     first = scheduler.submit(graph.work(*request_of("qwen2_5_vl", 0)))
     steps = scheduler.steps(first)
     begun = [next(steps), next(steps)]
@@ -174,7 +175,7 @@ def test_what_a_drafter_yields_costs_its_own_request_alone(fault, monkeypatch):
     family = "qwen2_5_vl"
     good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing(fault), GreedyVerifier())
     want = tokens_of(list(good.decode(*request_of(family, 0))))
-    scheduler = Scheduler(good.engine)
+    scheduler = Scheduler(good.engine, stall_s=inf)
     tickets = [scheduler.submit(graph.work(*request_of(family, 0))) for graph in (good, bad, good)]
     assert tokens_of(list(scheduler.steps(tickets[0]))) == tokens_of(list(scheduler.steps(tickets[2]))) == want
     with pytest.raises(StrategyError, match=FAULTS[fault]) as caught:
@@ -197,7 +198,7 @@ def test_a_failure_in_a_joined_pass_is_tried_apart():
 
     graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
     want = tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 0))))
-    scheduler = Scheduler(Fragile())
+    scheduler = Scheduler(Fragile(), stall_s=inf)
     tickets = [scheduler.submit(graph.work(*request_of("qwen2_5_vl", 0))) for _ in range(2)]
     assert [tokens_of(list(scheduler.steps(ticket))) for ticket in tickets] == [want, want]
 
@@ -212,7 +213,7 @@ def test_a_pass_that_fails_frees_its_caches_and_tells_its_owner_alone_even_when_
     family = "qwen2_5_vl"
     good, bad = graph_of(family, TreeDrafter(), GreedyVerifier()), graph_of(family, Failing("vocabulary"), GreedyVerifier())
     want = tokens_of(list(good.decode(*request_of(family, 0))))
-    scheduler = Scheduler(Picky())
+    scheduler = Scheduler(Picky(), stall_s=inf)
     mine, failing = (scheduler.submit(graph.work(*request_of(family, 0))) for graph in (good, bad))
     assert tokens_of(list(scheduler.steps(mine))) == want
     assert failing.done and not bad.caches._leased
@@ -232,7 +233,7 @@ def test_an_interrupt_in_a_joined_pass_leaves_the_other_requests_whole():
 
     graph = graph_of("qwen2_5_vl", TreeDrafter(), GreedyVerifier())
     want = tokens_of(list(graph.decode(*request_of("qwen2_5_vl", 1))))
-    scheduler = Scheduler(Interrupted())
+    scheduler = Scheduler(Interrupted(), stall_s=inf)
     first, second = (scheduler.submit(graph.work(*request_of("qwen2_5_vl", number))) for number in range(2))
     with pytest.raises(KeyboardInterrupt):
         list(scheduler.steps(first))
@@ -245,7 +246,7 @@ def test_a_request_that_was_interrupted_does_not_pass_for_an_answer():
         raise KeyboardInterrupt
 
     graph = graph_of("qwen2_5_vl", PromptLookupDrafter(), GreedyVerifier())
-    scheduler = Scheduler(graph.engine)
+    scheduler = Scheduler(graph.engine, stall_s=inf)
     first, second = (graph.work(*request_of("qwen2_5_vl", number)) for number in range(2))
     tickets = [scheduler.submit(work) for work in (first, interrupted(second))]
     for ticket in tickets:  # the first one's reader met the interrupt, the second one's request ended by it

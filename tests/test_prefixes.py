@@ -290,3 +290,24 @@ def test_a_dropped_store_leaves_no_tensor_behind():
     gc.collect()
     assert not graph.prefixes.shelf.items and not graph.prefixes._videos and not graph.prefixes._others
     assert next(graph.decode(prompt)).reused.tokens == 0
+
+
+def test_a_frozen_store_is_read_and_not_added_to_even_if_a_warm_up_is_given_up():
+    graph, prompt = graph_of("qwen2_5_vl", store=PrefixStore(PLENTY)), tiny.prompt("qwen2_5_vl")
+    store = graph.prefixes
+
+    def frozen():
+        with store.frozen():
+            yield from graph.decode(prompt)
+
+    with store.frozen():
+        given_up = frozen()
+        next(given_up)
+    assert not store.keeps
+    del given_up
+    gc.collect()
+    assert store.keeps and not store.shelf.items
+    list(graph.decode(prompt))
+    with store.frozen():
+        assert next(graph.decode(asking(prompt, 30, 31))).reused.tokens == prompt.cut
+    assert store.keeps

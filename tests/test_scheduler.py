@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from functools import partial
+from math import inf
 
 import pytest
 import tiny
@@ -66,7 +67,7 @@ def test_requests_start_in_the_order_in_which_they_came_as_soon_as_there_is_room
     sizes = [cache_bytes(graph, *request) for request in requests]
     caches.empty()
     limits = {"room": {"room": 2 * max(sizes)}, "most": {"most": 2}}
-    scheduler = Scheduler(Engine(), **limits[bound])
+    scheduler = Scheduler(Engine(), **limits[bound], stall_s=inf)
     tickets = [scheduler.submit(graph.work(*request), size) for request, size in zip(requests, sizes, strict=True)]
     begun = []
     with torch.inference_mode():
@@ -79,7 +80,7 @@ def test_requests_start_in_the_order_in_which_they_came_as_soon_as_there_is_room
 
 def test_a_waiting_request_that_is_cancelled_never_starts():
     graph = graph_of(FAMILY, PromptLookupDrafter(), GreedyVerifier())
-    scheduler = Scheduler(Engine(), most=1)
+    scheduler = Scheduler(Engine(), most=1, stall_s=inf)
     first, second, third = (scheduler.submit(graph.work(*request_of(FAMILY, number))) for number in range(3))
     scheduler.turn()
     scheduler.cancel(second)
@@ -98,7 +99,7 @@ def test_requests_out_of_step_have_their_trees_checked_in_one_pass():
             return super().run(passes)
 
     counts = []
-    scheduler = Scheduler(Counted())
+    scheduler = Scheduler(Counted(), stall_s=inf)
     first = scheduler.submit(graph.work(*request_of(FAMILY, 0)))
     for _ in range(3):
         scheduler.turn()
@@ -113,7 +114,7 @@ def test_a_request_without_a_drafter_waits_for_deep_drafts_but_not_for_ever():
     deep = graph_of(FAMILY, TreeDrafter(f"chain:{3 * PATIENCE}"), GreedyVerifier())
     prompt, limit = request_of(FAMILY, 0)
     want = tokens_of(list(deep.decode(prompt, limit)))
-    scheduler = Scheduler(Engine())
+    scheduler = Scheduler(Engine(), stall_s=inf)
     slow = scheduler.submit(deep.work(prompt, limit))
     plain = scheduler.submit(autoregressive_work(deep.target, prompt, limit, GreedyVerifier(), deep.caches, Engine()))
     gaps, last = [], 0
@@ -140,7 +141,7 @@ def test_a_request_that_failed_holds_no_tensors_until_its_error_is_read():
 
     graph = graph_of(FAMILY, PromptLookupDrafter(), GreedyVerifier())
     want = tokens_of(list(graph.decode(*request_of(FAMILY, 1))))
-    scheduler = Scheduler(Engine())
+    scheduler = Scheduler(Engine(), stall_s=inf)
     bad, good = (
         scheduler.submit(work) for work in (failing(graph.work(*request_of(FAMILY, 0))), graph.work(*request_of(FAMILY, 1)))
     )

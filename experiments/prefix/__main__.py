@@ -23,7 +23,7 @@ import torch
 from experiments.batch.drafter import ChanceDrafter
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.gpu_pair.measure import synchronize
-from experiments.gpu_pair.models import WRAPS
+from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import Pair, build, pair_of, prompt_of
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.prefixes import PrefixStore
@@ -219,7 +219,7 @@ def main(words: Sequence[str]) -> int:
     pair = pair_of(args.shape)
     assert pair.draft is not None
     with torch.inference_mode():
-        models = [build(shape, WRAPS[shape.family], device, dtype) for shape in (pair.target, pair.draft)]
+        models = [build(shape, wrap_of(shape.family), device, dtype) for shape in (pair.target, pair.draft)]
     engine = engine_for("auto", device)
     tokens, budget = args.video_tokens, int(args.budget * GIB)
     bench = Bench(*models, engine, pair, tokens, args.ratio, args.tree, args.chance, budget)

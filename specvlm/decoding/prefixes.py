@@ -60,13 +60,12 @@ class PrefixStore:
         misses: Those that did not.
         tokens: Prompt tokens whose rows were found.
         seconds: Time that these rows took when they were computed.
-        keeps: Whether requests add to it now, see `frozen`.
     """
 
     def __init__(self, device_bytes: int, host_bytes: int = 0) -> None:
         self.shelf = Shelf(device_bytes, host_bytes)
         self.hits = self.misses = self.tokens = 0
-        self.seconds, self.keeps = 0.0, True
+        self.seconds, self._frozen = 0.0, 0
         self._lock = RLock()
         self._models: WeakKeyDictionary[VideoLM, int] = WeakKeyDictionary()
         self._numbers = count()
@@ -103,11 +102,16 @@ class PrefixStore:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Let no request of this block add to the store: for warm-ups, and for requests that are compared with another."""
-        before, self.keeps = self.keeps, False
+        self._frozen += 1
         try:
             yield
         finally:
-            self.keeps = before
+            self._frozen -= 1
+
+    @property
+    def keeps(self) -> bool:
+        """Whether requests add to the store now."""
+        return not self._frozen
 
     def empty(self) -> None:
         """Drop all that is kept."""

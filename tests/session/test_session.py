@@ -39,7 +39,7 @@ def test_a_result_tells_what_the_graph_decodes(family):
 
 @pytest.mark.slow
 def test_eight_unlike_calls_of_gather_share_passes_and_answer_as_alone():
-    of = new_session()
+    of = new_session(stall_ms=60_000)  # else a busy machine lets them get out of step
     alone = [of.generate(question, videos=clip(name), **options) for name, question, options in UNLIKE]
     assert of.scheduler.run == of.scheduler.asked > 0
     asked, run = of.scheduler.asked, of.scheduler.run
@@ -56,7 +56,7 @@ def test_eight_unlike_calls_of_gather_share_passes_and_answer_as_alone():
 
 @pytest.mark.slow
 def test_eight_unlike_calls_of_threads_share_passes_and_answer_as_alone():
-    of = new_session()
+    of = new_session(stall_ms=60_000)  # else a busy machine lets them get out of step
     alone = [of.generate(question, videos=clip(name), **options).token_ids for name, question, options in UNLIKE]
     asked, run = of.scheduler.asked, of.scheduler.run
     with ThreadPoolExecutor(8) as pool:
@@ -86,9 +86,10 @@ def test_a_call_that_fails_does_not_disturb_the_others(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("verifier", [COUPLED, {"name": "sampling", "temperature": 1.0}], ids=lambda v: v["name"])
 def test_n_answers_share_a_prefill_and_are_those_of_their_seeds(verifier, monkeypatch):
-    of, prefills = session(), []
-    prefill = type(of.target).prefill
-    monkeypatch.setattr(type(of.target), "prefill", lambda self, *args: prefills.append(self) or prefill(self, *args))
+    of, prefills = new_session(), []
+    filling = type(of.target).prefilling
+    noting = lambda self, *args, **named: prefills.append(self) or filling(self, *args, **named)  # noqa: E731
+    monkeypatch.setattr(type(of.target), "prefilling", noting)
     several = ask(of, n=3, verifier=verifier, seed=7, max_new_tokens=12)
     assert [model for model in prefills if model is of.target] == [of.target]
     alone = [ask(of, verifier=verifier, seed=7 + number, max_new_tokens=12) for number in range(3)]
