@@ -259,7 +259,9 @@ class Budget:
             return share.acceptance.tokens(shape) - now.rate * (rows * row_ms + draft_rows * draft_row_ms)
 
         if share not in now.own:
-            now.own[share] = max([now.shape, *(one for one in self.chains if len(one) < len(now.shape))], key=worth)
+            fewer = max((one for one in self.chains if len(one) < len(now.shape)), key=worth)
+            margin = (BETTER - 1) * share.acceptance.tokens(now.shape)
+            now.own[share] = fewer if worth(fewer) > worth(now.shape) + margin else now.shape
         return now.own[share]
 
 
