@@ -16,7 +16,7 @@ from ipaddress import ip_address
 
 import pytest
 from serving import PATH, Live, Process, body, data_url, live, served, until
-from session_pairs import QUESTION, leased, session
+from session_pairs import QUESTION, clip, leased, session
 from test_serve import alone, error_of
 
 from specvlm.errors import UserError
@@ -382,6 +382,10 @@ def test_a_video_is_measured_before_it_is_decoded_and_its_reader_may_crash_or_ha
     limits = read_process.Limits(8, 1000, 2**30, 30)
     with pytest.raises(UserError, match="at most 1,000 pixels"):
         reading.read_clip(session().target, find_clip("synthetic_1"), session().options, limits)
+    reading.SERVER.stop()  # it is started again
+    limits = read_process.Limits(8, 10**6, 2**30, 30)
+    found = reading.read_clip(session().target, find_clip("synthetic_1"), session().options.asked({"frames": 8}), limits)
+    assert (found.frames == clip().frames).all() and found.times == clip().times and found.source == "the video"
     with pytest.raises(UserError, match="did not end within"):
         reading.read_clip(
             session().target, find_clip("synthetic_1"), session().options, read_process.Limits(64, 10**6, 2**30, 0.01)

@@ -19,6 +19,7 @@ from specvlm.serve.errors import DRAINING, FAULT, ApiError, bad, busy
 from specvlm.serve.generation import Ended, Event, Failed, Generation, Round, Threads
 from specvlm.serve.media import MediaReader
 from specvlm.serve.metrics import Metrics
+from specvlm.serve.reading import SERVER
 from specvlm.serve.settings import MIB, Settings
 from specvlm.serve.views import Views, view_of, with_kept
 from specvlm.serve.wire import DONE, Completion, event, new_id
@@ -149,6 +150,8 @@ class Chat:
         self.admission.refuse(ended)
         for generation in [*self._running]:
             generation.fail(ended)
+        if self._running:
+            SERVER.stop()  # threads that wait for a video
         end = monotonic() + 5
         while self._running and monotonic() < end:
             await asyncio.sleep(0.02)

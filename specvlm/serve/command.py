@@ -59,7 +59,10 @@ def command(words: Sequence[str]) -> int:
             SERVER.start()
         session = session_of(cfg)
         server = Server(App(Chat(session, settings, settings.name or name_of(cfg)), keys))
-        server.run(sockets=[taken])
+        try:
+            server.run(sockets=[taken])
+        finally:
+            SERVER.stop()
     return ExitCode.INTERRUPTED if signal.SIGINT in server.heard else ExitCode.OK
 
 

@@ -49,7 +49,6 @@ class Limits:
 def serve(control: socket.socket) -> None:
     """Fork for each message, which comes with a connection for the child, until the other end is closed."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, whose end closes the other end
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing to wait for
     while True:
         message, given, _, _ = socket.recv_fds(control, LONGEST, 1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,9 +68,18 @@ class ReadServer:
                 path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
                 command = [sys.executable, "-m", "specvlm.serve.read_process", str(theirs.fileno())]
                 env, files = os.environ | {"PYTHONPATH": path}, [theirs.fileno()]
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, pass_fds=files)
+                given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+                self._process = subprocess.Popen(command, env=env, pass_fds=files, **given)
                 theirs.close()
             return self._control
+
+    def stop(self) -> None:
+        """End the process and all that it has forked, so that nobody waits for a video any more."""
+        with self._starting:
+            if self._process is not None and self._process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
 
     def ask(self, path: Path, reader: str, limits: Limits) -> Connection:
         """Begin to read a video. Returns the connection to the process that does."""
