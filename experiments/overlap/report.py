@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablations.tables import markdown
+from experiments.overlap.record import SHAPES
 from experiments.strategies.report import TITLES, filled
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ def hits(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         shares = [sum(0 <= rank < most for _, rank in rounds) / len(rounds) for most in (1, 2, 3, 4)]
         accepted = sum(accepted for accepted, _ in rounds) / len(rounds)
         title = {**TITLES, "qwen3_vl": "Qwen3-VL"}[family]
-        cells = [f"{accepted:.2f}", *(f"{share:.2f}" for share in shares)]
+        cells = [f"{accepted:.2f}", *(f"{share:.2f}" if most <= SHAPES[shape] else "" for most, share in enumerate(shares, 1))]
         lines.append([title, f"`{pruner}`", f"`{shape}`", str(len(mine)), *cells])
     yield from markdown(lines)
 
