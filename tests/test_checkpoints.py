@@ -15,7 +15,7 @@ from specvlm.config import model_folder
 from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
 from specvlm.models import generation
-from specvlm.models.layer_kinds import check_layers
+from specvlm.models.layer_kinds import check_windows
 from specvlm.models.load import dtype_of, load, skeleton
 from specvlm.video.settings import read_video_settings
 
@@ -393,8 +393,8 @@ def test_every_kind_of_sliding_window_is_refused():
 
     unused = Qwen3VLMoeTextConfig(sliding_window=32768, use_sliding_window=False)
     for whole in (LlamaConfig(), MistralConfig(sliding_window=None), Qwen2Config(), unused):
-        check_layers("folder", whole)
+        check_windows("folder", whole)
     windows = Qwen2Config(use_sliding_window=True, max_window_layers=1, num_hidden_layers=2)
     for config in (MistralConfig(), windows):
         with pytest.raises(UserError, match="folder: has layers of sliding-window attention, which are not supported"):
-            check_layers("folder", config)
+            check_windows("folder", config)

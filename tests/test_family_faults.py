@@ -56,6 +56,14 @@ class RunsAreShort(Qwen2VL):
         return [len(grid) - 1]
 
 
+class ImagesAreOdd(Qwen2VL):
+    def image_runs(self, image):
+        return [image["tokens"] - 1, 2]
+
+    def template(self, videos):
+        return 7 if videos else None
+
+
 class MemoryEnds(Qwen2VL):
     def process_video(self, clip, max_pixels=None):
         raise OutOfMemory("cpu ran out of memory")
@@ -166,6 +174,17 @@ def test_a_wrong_key_of_sampling_names_those_there_are(careless):
     said = rf"^{AT}sampling returns 'num_frames'; it may have fps, frames, max_frames, .*\. Did you mean \"\w+_frames\"\?$"
     with pytest.raises(PluginError, match=said):
         careless.sampling(VideoInfo(40, 4.0, 28, 28, 10.0))
+
+
+def test_wrong_runs_of_an_image_and_a_wrong_template_are_told(loaded):
+    lm = loaded(ImagesAreOdd)
+    said = (
+        rf'^{AT}image_runs must return whole numbers that add up to the \d+ tokens of the image \("tokens"\), got \[\d+, 2\]$'
+    )
+    with pytest.raises(PluginError, match=said):
+        lm.prompt("what ?", [], [checks.picture(90, 120)])
+    with pytest.raises(PluginError, match=rf"^{AT}template must return a chat template or None, got 7$"):
+        lm.prompt("what ?", [checks.clip(4, 64, 80, 1.0)])
 
 
 def test_an_image_without_tokens_is_told(careless):

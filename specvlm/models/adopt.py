@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from specvlm.errors import UserError, explained
 from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
-from specvlm.models.layer_kinds import check_layers, language_model
+from specvlm.models.layer_kinds import check_states, check_windows, language_model
 from specvlm.models.load import settle
 from specvlm.models.partition import stages_of
 from specvlm.models.video_lm import VideoLM
@@ -33,10 +33,11 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
     model_type = getattr(getattr(hf, "config", None), "model_type", None)
     if model_type is None or not hasattr(hf, "generation_config"):
         raise UserError(f"{type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
-    check_layers(type(hf).__name__, hf.config)
+    check_states(type(hf).__name__, hf.config)
     family = families.find(model_type)
     check_plain(hf)
     held = _folder_of(hf, folder)
+    check_windows(held, hf.config)
     attention.register()
     own = twin(hf)
     with explained(f"{held}: no model can be made of this {type(hf).__name__}"):

@@ -138,10 +138,24 @@ def _features(result: Any, tokens: int | None, of: str) -> str:
 
 
 def _runs(result: Any, asked: Mapping[str, Any]) -> str:
-    whole = isinstance(result, list | tuple) and all(isinstance(run, Integral) for run in result)
-    if whole and ("grid" not in asked or sum(result) == len(asked["grid"])):
+    if "grid" not in asked or _adds_up(result, len(asked["grid"])):
         return ""
-    return f"must return whole numbers that add up to the tokens of the grid, {asked.get('grid')}, got {_told(result)}"
+    return f"must return whole numbers that add up to the tokens of the grid, {asked['grid']}, got {_told(result)}"
+
+
+def _image_runs(result: Any, asked: Mapping[str, Any]) -> str:
+    tokens = asked.get("image", {}).get("tokens")
+    if tokens is None or _adds_up(result, tokens):
+        return ""
+    return f'must return whole numbers that add up to the {tokens} tokens of the image ("tokens"), got {_told(result)}'
+
+
+def _adds_up(result: Any, total: int) -> bool:
+    return isinstance(result, list | tuple) and all(isinstance(run, Integral) for run in result) and sum(result) == total
+
+
+def _template(result: Any, asked: Mapping[str, Any]) -> str:
+    return "" if result is None or isinstance(result, str) else f"must return a chat template or None, got {_told(result)}"
 
 
 def _sampling(result: Any, asked: Mapping[str, Any]) -> str:
@@ -177,6 +191,8 @@ CHECKS: dict[str, Check] = {
     "encode_video": _video_features,
     "encode_image": _image_features,
     "runs": _runs,
+    "image_runs": _image_runs,
+    "template": _template,
     "sampling": _sampling,
     "hf_inputs": _hf_inputs,
     "hf_prompt": _hf_prompt,

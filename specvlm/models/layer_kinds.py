@@ -30,20 +30,33 @@ def name_of_text(hf: Any) -> str:
     raise UserError(f"{type(hf).__name__} has no language model among the modules of its `model`")
 
 
-def check_layers(path: str | Path, config: Any) -> None:
-    """Raise UserError if a layer attends to less than all earlier tokens, or keeps a state that cannot be cut back.
-
-    Our passes make masks and cut caches for full attention alone. Reads the configuration, no weights.
-    """
-    text = config.get_text_config()
+def check_states(path: str | Path, config: Any) -> None:
+    """Raise UserError if a layer keeps a state that cannot be cut back. Reads the configuration, no weights."""
+    text = _text_of(config)
     kinds = kinds_of(text)
-    others = [kind for kind in kinds if kind not in FULL]
-    if states := [kind for kind in others if any(word in kind for word in STATE)]:
+    if states := [kind for kind in kinds if any(word in kind for word in STATE)]:
         raise UserError(f"{path}: {len(states)} of its {len(kinds)} layers are {_words(states)}: {WHY}")
-    if others:
-        raise UserError(f"{path}: has layers of {_words(others)}, which are not supported")
-    if _stateful(text):
+    if _stateful(text) and not _windows(kinds):
         raise UserError(f"{path}: the layers of {text.model_type} are recurrent: {WHY}")
+
+
+def check_windows(path: str | Path, config: Any) -> None:
+    """Raise UserError if a layer attends to less than all earlier tokens: our passes make no mask of that kind."""
+    if others := _windows(kinds_of(_text_of(config))):
+        raise UserError(f"{path}: has layers of {_words(others)}, which are not supported")
+
+
+def _text_of(config: Any) -> Any:
+    """Return the configuration of the text; the whole one if there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
+def _windows(kinds: Sequence[str]) -> list[str]:
+    """Return the kinds that are neither full attention nor keep a state."""
+    return [kind for kind in kinds if kind not in FULL and not any(word in kind for word in STATE)]
 
 
 def kinds_of(text: Any) -> list[str]:

@@ -14,7 +14,7 @@ from specvlm.models import attention, checkpoint, families
 from specvlm.models.chat import tokenizer_of
 from specvlm.models.generation import generation_of
 from specvlm.models.guard import is_builtin
-from specvlm.models.layer_kinds import check_layers, language_model, name_of_text
+from specvlm.models.layer_kinds import check_states, check_windows, language_model, name_of_text
 from specvlm.models.padding import pad_tower, pays
 from specvlm.models.partition import check_linear, device_map, tensor_plan
 from specvlm.models.plugins import traced
@@ -55,8 +55,9 @@ def opened(path: str | Path, weights: bool, revision: str | None = None) -> Chec
     """
     folder = checkpoint.folder_of(path, weights, revision)
     config = checkpoint.config_of(folder)
-    check_layers(folder, config)
+    check_states(folder, config)
     family = family_of(folder, config)
+    check_windows(folder, config)
     method = checkpoint.method_of(config) if checkpoint.quantizer_of(folder, config) else None
     if config.dtype is None and not Path(path).exists():
         folder = checkpoint.folder_of(path, weights=True, revision=revision)

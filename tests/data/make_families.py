@@ -78,20 +78,23 @@ def make_importable() -> None:
             library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def main() -> None:
-    make_importable()
+def of_family(family: str) -> dict[str, Any]:
+    """Make every request of a family with its own processor."""
     from transformers import AutoProcessor
 
-    found = {}
-    for family in family_folders.FAMILIES:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = family_folders.make(Path(scratch), family) / "target"
-            processor = AutoProcessor.from_pretrained(folder)
-            requests = {name: messages(*parts) for name, parts in family_folders.requests(family).items()}
-            if family == "llava_next_video":  # its processor stacks videos
-                del requests["unlike videos"]
-            requests |= {name: family_folders.chat(name, video, image) for name in family_folders.CHATS}
-            found[family] = {name: asked(processor, chat) for name, chat in requests.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = family_folders.make(Path(scratch), family) / "target"
+        processor = AutoProcessor.from_pretrained(folder)
+        requests = {name: messages(*parts) for name, parts in family_folders.requests(family).items()}
+        if family == "llava_next_video":  # its processor stacks videos
+            del requests["unlike videos"]
+        requests |= {name: family_folders.chat(name, video, image) for name in family_folders.CHATS}
+        return {name: asked(processor, chat) for name, chat in requests.items()}
+
+
+def main() -> None:
+    make_importable()
+    found = {family: of_family(family) for family in family_folders.FAMILIES}
     assert not any(module.partition(".")[0] == "specvlm" for module in sys.modules)
     (HERE / "families.json").write_text(json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
