@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import silu
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from specvlm.engine.kernels.launch import GROUP, Narrow, Tile, options_of, processors_of, split, to_8_bits, width_of
@@ -157,14 +158,10 @@ def _rows_kernel(
 
 @triton.jit
 def _gated_kernel(
-    x_ptr, xs_ptr, gate, up, gate_s, up_s, y_ptr, ys_ptr, like_ptr, Q, N, K,
-    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
-    WIDTH: tl.constexpr, AHEAD: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, gate, up, y_ptr, Q, N, K,
+    BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (Q, N) = silu(x gate^T) * (x up^T), rounded where the Hugging Face layer rounds. Grid (tiles,).
-
-    NARROW: store y in 8 bits, with a scale per tile and row.
-    """
+    """Compute y (Q, N) = silu(x gate^T) * (x up^T) of unquantised weights. One loop over both, so that x is read once."""
     tile = tl.program_id(0)
     offs_n = tile * BN + tl.arange(0, BN)
     offs_q = tl.arange(0, BQ)
@@ -172,50 +169,43 @@ def _gated_kernel(
     if PDL:
         gdc_launch_dependents()
         if tile * BN + BN <= N:
-            _prefetch(gate, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
-            _prefetch(up, offs_n, 0, WIDTH, BYTES, AHEAD * BK)
+            _prefetch(gate, offs_n, 0, K, BYTES, AHEAD * BK)
+            _prefetch(up, offs_n, 0, K, BYTES, AHEAD * BK)
         gdc_wait()
-    kind = like_ptr.dtype.element_ty
-    # One loop over both, so that x is read once.
-    rows = tl.minimum(offs_q, Q - 1)
-    groups = K // BK
     g = tl.zeros((BN, BQ), dtype=tl.float32)
     u = tl.zeros((BN, BQ), dtype=tl.float32)
-    s = tl.zeros((BQ,), dtype=tl.float32)
-    for k in range(0, WIDTH, BK):
-        w_at = offs_n[:, None].to(tl.int64) * WIDTH + (k + offs_k)[None, :]
-        if KIND == "full":
-            x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
-            w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
-            w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
-        else:
-            x = tl.load(x_ptr + rows[None, :] * K + (k + offs_k)[:, None])
-            w_g = tl.load(gate + w_at, eviction_policy="evict_first")
-            w_u = tl.load(up + w_at, eviction_policy="evict_first")
-            s = tl.load(xs_ptr + rows * groups + k // BK)
-        if KIND == "int4":
-            x_high = tl.load(x_ptr + WIDTH + rows[None, :] * K + (k + offs_k)[:, None])
-            s_high = tl.load(xs_ptr + groups // 2 + rows * groups + k // BK)
-            at = offs_n * (K // GROUP) + k // GROUP
-            g = _add_nibbles(g, w_g, x, x_high, s, s_high, gate_s + at, WIDTH // GROUP, PDL)
-            u = _add_nibbles(u, w_u, x, x_high, s, s_high, up_s + at, WIDTH // GROUP, PDL)
-        else:
-            g = _add_product(g, w_g, x, s, KIND)
-            u = _add_product(u, w_u, x, s, KIND)
-    if KIND == "fp8" or KIND == "int8":
-        g *= tl.load(gate_s + offs_n)[:, None]
-        u *= tl.load(up_s + offs_n)[:, None]
-    g = g.to(kind).to(tl.float32)
-    u = u.to(kind).to(tl.float32)
-    out = ((g * tl.sigmoid(g)).to(kind).to(tl.float32) * u).to(kind).to(tl.float32)
+    for k in range(0, K, BK):
+        w_at = offs_n[:, None].to(tl.int64) * K + (k + offs_k)[None, :]
+        x = tl.load(x_ptr + offs_q[None, :] * K + (k + offs_k)[:, None], mask=(offs_q < Q)[None, :])
+        w_g = tl.load(gate + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+        w_u = tl.load(up + w_at, mask=(offs_n < N)[:, None], eviction_policy="evict_first")
+        g = tl.dot(w_g, x, g)
+        u = tl.dot(w_u, x, u)
+    kind = y_ptr.dtype.element_ty
     at = y_ptr + offs_q[None, :].to(tl.int64) * N + offs_n[:, None]
-    ok = (offs_n < N)[:, None] & (offs_q < Q)[None, :]
-    if NARROW:
-        narrow, scale = to_8_bits(out, y_ptr)
-        tl.store(at, narrow, mask=ok)
-        tl.store(ys_ptr + offs_q * (N // BN) + tile, scale, mask=offs_q < Q)
-    else:
-        tl.store(at, out.to(kind), mask=ok)
+    tl.store(at, _times_silu(g.to(kind), u.to(kind), kind).to(kind), mask=(offs_n < N)[:, None] & (offs_q < Q)[None, :])
+
+
+@triton.jit
+def _times_silu(g, u, kind: tl.constexpr):
+    """Compute silu(g) * u in float32, rounded to `kind` where the Hugging Face layer rounds."""
+    wide = g.to(tl.float32)
+    return ((wide * tl.sigmoid(wide)).to(kind).to(tl.float32) * u.to(tl.float32)).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, GROUP: tl.constexpr, PDL: tl.constexpr):
+    """Compute y (Q, N) = silu(gate) * up in 8 bits from (Q, 2 N) gate and up, a group at a time. Grid (Q, N / GROUP)."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = group * GROUP + tl.arange(0, GROUP)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    g = tl.load(gu_ptr + row * 2 * N + at)
+    u = tl.load(gu_ptr + row * 2 * N + N + at)
+    narrow, scale = to_8_bits(_times_silu(g, u, gu_ptr.dtype.element_ty)[:, None], y_ptr)
+    tl.store(y_ptr + row * N + at[:, None], narrow)
+    tl.store(ys_ptr + row * (N // GROUP) + group + tl.arange(0, 1), scale)
 
 
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
@@ -243,7 +233,7 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
         return Tile(64, 128, 3, 4)  # a stage of gate and up takes 64 KiB
     if weight.kind == "full":
         return Tile(128, 128, 3, 8) if double and rows <= 32 and weight.outputs > 20000 else Tile(64, 128, 4, 4)
-    return Tile(128, GROUP, 3, 8) if double else Tile(64, GROUP, 6 if rows <= 64 else 4, 4)
+    return Tile(128, GROUP, 3 if weight.kind == "int4" else 4, 8)
 
 
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
@@ -254,7 +244,8 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     stored = weights[0].data.shape[1]
     most = triton.cdiv(stored, tile.inputs)  # more parts would be empty
-    return min(most, max(1, round(1.5 * processors_of(device) / tiles), triton.cdiv(stored, 3584)))
+    programs = (1.5 if weights[0].kind == "full" else 2) * processors_of(device)
+    return min(most, max(1, round(programs / tiles), triton.cdiv(stored, 3584)))
 
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
@@ -288,17 +279,25 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
 
 
 def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
-    """Compute (Q, N) silu(x gate^T) * (x up^T), rounding each step to dtype."""
-    x, scale = split(x_QK)
-    rows, inputs = x.shape
-    tile = tile_of(gate, rows, double=True)
-    narrow = Narrow.empty(rows, gate.outputs, kind, x.device) if kind != "full" else None
-    y = torch.empty(rows if narrow is None else 0, gate.outputs, dtype=dtype, device=x.device)
-    out, out_scale = (y, y) if narrow is None else split(narrow)
+    """Compute (Q, N) silu(x gate^T) * (x up^T), rounding each step to dtype.
+
+    Of quantised weights, gate and up are one linear layer, which takes less time than both in one loop: 23 instead of
+    32 us for the 7B's in int4 on an H200.
+    """
+    if isinstance(x_QK, Narrow):
+        (both_QN,) = linear(x_QK, (gate, up), whole=dtype)
+        if kind == "full":
+            g, u = both_QN.chunk(2, 1)
+            return silu(g) * u
+        narrow = Narrow.empty(len(both_QN), gate.outputs, kind, both_QN.device)
+        grid = (len(both_QN), gate.outputs // GROUP)
+        _activation_kernel[grid](both_QN, *split(narrow), gate.outputs, GROUP=GROUP, **options_of(Tile(warps=1)))
+        return narrow
+    (rows, inputs), tile = x_QK.shape, tile_of(gate, len(x_QK), double=True)
+    y = torch.empty(rows, gate.outputs, dtype=dtype, device=x_QK.device)
     _gated_kernel[(triton.cdiv(gate.outputs, tile.outputs),)](
-        x, scale, gate.data, up.data, gate.scale, up.scale, out, out_scale, y, rows, gate.outputs, inputs,
-        BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, KIND=gate.kind, GROUP=gate.group,
-        BYTES=gate.data.element_size(), WIDTH=gate.data.shape[1], AHEAD=AHEAD, NARROW=narrow is not None,
+        x_QK, gate.data, up.data, y, rows, gate.outputs, inputs,
+        BQ=width_of(rows), BN=tile.outputs, BK=tile.inputs, BYTES=gate.data.element_size(), AHEAD=AHEAD,
         **options_of(tile, *bytes_of(tile, gate, rows, weights=2)),
     )  # fmt: skip
-    return y if narrow is None else narrow
+    return y
