@@ -171,10 +171,10 @@ def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, mon
     """Of two jobs with different frames, the second fails while its video is read; the first goes on."""
     real = MODEL_CACHE.graph
 
-    def graph(request, ranks):
+    def graph(request, ranks, owner):
         if request.cfg.frames == 6:
             raise ValueError("no weights")
-        return real(request, ranks)
+        return real(request, ranks, owner)
 
     monkeypatch.setattr(MODEL_CACHE, "graph", graph)
     assert answer_all("out", ["frames=6", "prefetch=true"], ["frames=4", "prefetch=true"]) == ExitCode.FAULT
