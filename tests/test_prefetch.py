@@ -49,7 +49,7 @@ def reads(monkeypatch):
     """Record each read: sample, whether in the background, and number of threads."""
     calls, real = [], prepare.read
 
-    def read(setup, sample):
+    def read(setup, sample, known=None):
         behind = threading.current_thread() is not threading.main_thread()
         calls.append((sample.id, behind, torch.get_num_threads()))
         return real(setup, sample)
@@ -96,7 +96,7 @@ def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypat
     read, decoded, real, decode = [], [], prepare.read, answer.speculate
     come = threading.Condition()
 
-    def reading(setup, sample):
+    def reading(setup, sample, known=None):
         found = real(setup, sample)
         with come:
             read.append(sample.id)
@@ -171,10 +171,10 @@ def test_a_job_that_fails_whole_leaves_what_was_read_for_it_to_nobody(reads, mon
     """Of two jobs with different frames, the second fails while its video is read; the first goes on."""
     real = MODEL_CACHE.graph
 
-    def graph(request, ranks):
+    def graph(request, ranks, owner):
         if request.cfg.frames == 6:
             raise ValueError("no weights")
-        return real(request, ranks)
+        return real(request, ranks, owner)
 
     monkeypatch.setattr(MODEL_CACHE, "graph", graph)
     assert answer_all("out", ["frames=6", "prefetch=true"], ["frames=4", "prefetch=true"]) == ExitCode.FAULT
@@ -190,7 +190,7 @@ def test_nothing_runs_on_behind_a_job_that_ends_early(end_of_it, monkeypatch):
     """Ctrl-C, a full disk, or fail_fast, while the next video is read."""
     begun, go_on, real = threading.Event(), threading.Event(), prepare.read
 
-    def reading(setup, sample):
+    def reading(setup, sample, known=None):
         if threading.current_thread() is not threading.main_thread():
             begun.set()
             assert go_on.wait(PATIENCE_S)

@@ -49,6 +49,7 @@ Ask = dict[str, Any]
 def plain(family: str) -> Session:
     """Load a pair as a session that keeps nothing."""
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and the fork of a chat template do not go together
     return load_pair(f"embedded:{family}", device="cpu", prefixes=False)
 
 
