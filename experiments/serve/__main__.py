@@ -170,7 +170,7 @@ async def loaded(url: str, wanted: Sequence[tuple[Asked, str]], clients: int, se
     """Let clients ask until the time is over, then wait until the server is idle."""
     seen, end = Seen(), time.monotonic() + seconds
     limits = httpx2.Limits(max_connections=clients + 4, max_keepalive_connections=clients)
-    async with httpx2.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=3600, limits=limits) as client:
 
         async def one(number: int) -> None:
             chance = random.Random(seed * 1000 + number)
