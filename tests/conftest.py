@@ -42,9 +42,15 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Freeze what a file leaves behind, such as imports, too: each of a hundred files would make the next `collect` slower."""
+    """Behind the last test of a file, drop what it cached, and freeze what is left, such as imports.
+
+    Else each of a hundred files would make later collections, and forks of a process of gigabytes, slower.
+    """
     if nextitem is not None and item.path != nextitem.path:
-        if "specvlm.app.model_cache" in sys.modules:  # what is frozen stays: models of the last run must not
+        for value in vars(item.module).values():
+            if hasattr(value, "cache_clear") and getattr(value, "__module__", "") == item.module.__name__:
+                value.cache_clear()
+        if "specvlm.app.model_cache" in sys.modules:  # what is frozen stays in memory: models must not
             sys.modules["specvlm.app.model_cache"].MODEL_CACHE.clear()
         gc.collect()
         gc.freeze()

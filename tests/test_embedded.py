@@ -75,10 +75,11 @@ def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit
 @pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
+    """Every drafter with each ratio, in one family or another; `make campaign ARGS=families` has all crossings."""
     expected = answer_of_generate(family, frames=FEW)
-    for drafter in (TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("chain:3")):
-        for ratio in (0.5, 0.9):
-            assert tuple(tokens_of(decode(family, pruner, drafter, ratio, frames=FEW))) == expected, f"{drafter}, ratio {ratio}"
+    for number, drafter in enumerate((TreeDrafter(), TreeDrafter("chain:5"), SelfDrafter("chain:3"))):
+        ratio = (0.5, 0.9)[(number + list(DRAFTS).index(family)) % 2]
+        assert tuple(tokens_of(decode(family, pruner, drafter, ratio, frames=FEW))) == expected, f"{drafter}, ratio {ratio}"
 
 
 @pytest.mark.slow
@@ -169,8 +170,8 @@ def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
 @pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(256)], ids=repr)
 def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
     for clip in ("synthetic_1", "bbb_apple"):
-        steps = decode(family, TwoStagePruner(), drafter, 0.9, clip=clip, limit=FOOTAGE)
-        assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip, limit=FOOTAGE), clip
+        steps = decode(family, TwoStagePruner(), drafter, 0.9, clip=clip, frames=FEW, limit=FOOTAGE)
+        assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip, frames=FEW, limit=FOOTAGE), clip
 
 
 @pytest.mark.slow
@@ -181,8 +182,8 @@ def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(fam
     for clip in ("synthetic_1", "synthetic_2", "synthetic_3"):
         for ratio in (0.5, 0.9):
             for name, drafter in (("static", TreeDrafter()), ("dynamic", DynamicTreeDrafter())):
-                fields = {"clip": clip, "question": "describe the video."}
-                steps = decode(family, TwoStagePruner(), drafter, ratio, limit=64, **fields)
+                fields = {"clip": clip, "question": "describe the video.", "frames": FEW}
+                steps = decode(family, TwoStagePruner(), drafter, ratio, limit=48, **fields)
                 accepted[name] += [step.accepted for step in steps[1:] if step.full]
                 assert all(step.drafted == 25 for step in steps[1:])
     means = {name: sum(found) / len(found) for name, found in accepted.items()}
