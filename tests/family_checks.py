@@ -135,10 +135,10 @@ def unequal_strategies(family: str, request: str = "video", every: bool = True) 
     """Decode with every pruner there is, built in or under plugins/, and with every drafter, with two drafts.
 
     every: Each pruner with both drafts, and all crossings of drafters, ratios and positions; else each pruner with one of
-    the drafts, in turn, and crossings in which any two options meet.
+    the drafts, in the next family with the other one, and crossings in which any two options meet.
     """
     answer, wrong, tried = answers(family)[request], [], 0
-    drafts, pruners = ("draft", "small"), all_pruners()
+    drafts, pruners = ("draft", "small")[:: (-1) ** list(family_folders.FAMILIES).index(family)], all_pruners()
     for draft, pruner in product(drafts, pruners) if every else zip(cycle(drafts), pruners, strict=False):
         tokens = decode(family, request, draft, pruner, CHAINS[0], ratio=0.7)
         wrong += [] if tokens == answer else [f"{draft}: {pruner!r}"]
