@@ -55,7 +55,8 @@ LOOKS = {
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_a_look_at_a_value_is_refused(look):
-    with pytest.raises(RuntimeError, match="reads a tensor on the host"):
+def test_a_look_at_a_value_is_refused(look, inference):
+    with torch.inference_mode(inference), pytest.raises(RuntimeError, match="reads a tensor on the host"):
         Recorded(lambda x: (x, look(x))[:1], [torch.ones(3)])

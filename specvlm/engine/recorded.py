@@ -39,11 +39,15 @@ class Recorded(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.data_dependent_output in func.tags:
-            raise RuntimeError(f"{func} reads a tensor on the host")
         if func is torch.ops.aten.lift_fresh.default:  # operations in place must not change the constant
             func = torch.ops.aten.lift_fresh_copy.default
+        if torch.Tag.data_dependent_output in func.tags:
+            raise RuntimeError(f"{func} reads a tensor on the host")
         found = func(*args, **(kwargs or {}))
+        if isinstance(found, bool | int | float):  # of a tensor's values, or of its shape: its parts tell
+            with self:
+                func.decompose(*args, **(kwargs or {}))
+            return found
         given = self._numbered(args), self._numbered(kwargs or {})
         self._steps.append((func, *given, tuple(map(self._number, tree_leaves(found)))))
         return found
