@@ -7,6 +7,8 @@ A test that takes more than SLOW_S of processor time, its setup and child proces
 import gc
 import os
 import sys
+from dataclasses import replace
+from functools import lru_cache, wraps
 
 import pytest
 
@@ -77,6 +79,23 @@ def pytest_terminal_summary(terminalreporter):
     for name, seconds in costs.items():
         if seconds > NOTICED_S:
             terminalreporter.write_line(f"not marked slow, and took {seconds:.1f} s of the processor: {name}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scenes_drawn_once():
+    """Give the data set of synthetic scenes copies of clips that were drawn before: the same few hundreds of times."""
+    from specvlm.strategies.datasets import synthetic
+
+    drawn = lru_cache(maxsize=16)(synthetic.clip)
+
+    @wraps(synthetic.clip)  # so that another process finds its own by name
+    def clip(number):
+        found = drawn(number)
+        return replace(found, frames=found.frames.clone())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(synthetic, "clip", clip)
+        yield
 
 
 @pytest.fixture(scope="session")
