@@ -6,6 +6,9 @@ A test that takes more than SLOW_S of processor time, its setup and child proces
 
 import gc
 import os
+import sys
+from dataclasses import replace
+from functools import lru_cache, wraps
 
 import pytest
 
@@ -39,6 +42,22 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Behind the last test of a file, drop what it cached, and freeze what is left, such as imports.
+
+    Else each of a hundred files would make later collections, and forks of a process of gigabytes, slower.
+    """
+    if nextitem is not None and item.path != nextitem.path:
+        for value in vars(item.module).values():
+            if hasattr(value, "cache_clear") and getattr(value, "__module__", "") == item.module.__name__:
+                value.cache_clear()
+        if "specvlm.app.model_cache" in sys.modules:  # what is frozen stays in memory: models must not
+            sys.modules["specvlm.app.model_cache"].MODEL_CACHE.clear()
+        gc.collect()
+        gc.freeze()
+
+
 def spent_s() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
@@ -60,6 +79,23 @@ def pytest_terminal_summary(terminalreporter):
     for name, seconds in costs.items():
         if seconds > NOTICED_S:
             terminalreporter.write_line(f"not marked slow, and took {seconds:.1f} s of the processor: {name}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scenes_drawn_once():
+    """Give the data set of synthetic scenes copies of clips that were drawn before: the same few hundreds of times."""
+    from specvlm.strategies.datasets import synthetic
+
+    drawn = lru_cache(maxsize=16)(synthetic.clip)
+
+    @wraps(synthetic.clip)  # so that another process finds its own by name
+    def clip(number):
+        found = drawn(number)
+        return replace(found, frames=found.frames.clone())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(synthetic, "clip", clip)
+        yield
 
 
 @pytest.fixture(scope="session")

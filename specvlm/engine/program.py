@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from specvlm.engine.recorded import Recorded
 from specvlm.models.partition import current
 
 
@@ -55,14 +56,10 @@ class Program:
         self.tables = tables
         self._staged: list[tuple[Tensor, torch.cuda.Event] | None] = [None] * len(self.inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._fn: Callable[..., tuple[Tensor, ...]] | None = None  # None for a graph, so as not to keep fn's cache alive
+        self._fn: Callable[..., Sequence[Tensor]] | None = None  # None for a graph, so as not to keep fn's cache alive
         self.outputs: list[Tensor] = []
         if backend != "cudagraph":
-            self._fn = fn
-            if backend == "traced":  # raises RuntimeError where fn reads a tensor on the host
-                from torch.fx.experimental.proxy_tensor import make_fx
-
-                self._fn = make_fx(fn)(*self.inputs)
+            self._fn = Recorded(fn, self.inputs) if backend == "traced" else fn
             return
         with current(self.device):
             self._capture(fn, capture_pool or CapturePool(self.device))
