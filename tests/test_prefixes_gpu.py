@@ -10,31 +10,35 @@ from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.engine import engine_for
 from specvlm.models.load import load
-from specvlm.strategies import registry
+from specvlm.strategies.datasets.synthetic import SyntheticDataset
 from specvlm.strategies.drafters.tree import TreeDrafter
+from specvlm.strategies.pruners.none import NonePruner
+from specvlm.strategies.pruners.two_stage import TwoStagePruner
+from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions
-from specvlm.video.clips import find_clip
 from specvlm.video.video import probe, read_video
 
 pytestmark = pytest.mark.gpu
+PRUNERS = {"two_stage": TwoStagePruner(), "uniform": UniformPruner(), "none": NonePruner()}
 QUESTIONS = ("describe the video.", "how many objects appear?", "what color is the background?")
 
 
 @pytest.mark.parametrize("host", [False, True])
-@pytest.mark.parametrize("pruner", ["two_stage", "uniform", "none"])
+@pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "qwen3_vl"])
 def test_a_hit_has_the_bits_of_a_miss(family, pruner, host):
     target, draft = (load(model_folder(f"embedded:{family}/{name}"), "bfloat16", "cuda") for name in ("target", "plain"))
-    engine, path = engine_for("graphs", torch.device("cuda")), find_clip("synthetic_1")
-    clip = read_video(path, **target.sampling(probe(path)))
-    strategies = (registry.build("pruner", pruner), TreeDrafter("chain:4"), GreedyVerifier())
+    engine, scene = engine_for("graphs", torch.device("cuda")), next(iter(SyntheticDataset(scenes=1).samples())).video()
+    clip = read_video(scene, **target.sampling(probe(scene)))
+    strategies = (PRUNERS[pruner], TreeDrafter("chain:4"), GreedyVerifier())
     options = GenerationOptions(24, 0.5)
     messages, store = [], PrefixStore(2**30, 2**30)
-    for number in range(6):
+    for number in range(5):
         question = [{"type": "text", "text": QUESTIONS[number % 3]}]
-        content = question if messages else [{"type": "video", "video": clip}, *question]
-        messages = [*messages[: 3 * (number // 3)], {"role": "user", "content": content}]
+        # Three questions about the video, then two more turns of the third chat.
+        first = [{"role": "user", "content": [{"type": "video", "video": clip}, *question]}]
+        messages = first if number < 3 else [*messages, {"role": "user", "content": question}]
         prompt, found = target.chat(messages), []
         for kept in (store, None):
             graph = DecodingGraph(target, draft, *strategies, options, engine=engine)
