@@ -119,8 +119,9 @@ def chosen(prices: Prices, requests: int, chance: float, captured: bool = True, 
     running = Running()
     own = Budget(running, captured, ())
     own.prices, own.trials = prices, []
-    shares = [Share(0, 1, own, 64) for _ in range(requests)]
-    running.shares = dict.fromkeys([*shares, *(Share(0) for _ in range(others))])
+    shares = [Share(0, 1, own, 64, decodes=True) for _ in range(requests)]
+    prefilling = [Share(0, 1, own, 64) for _ in range(9)]  # they take part in no round yet
+    running.shares = dict.fromkeys([*shares, *(Share(0, decodes=True) for _ in range(others)), *prefilling])
     for share in shares:
         share.acceptance.right, share.acceptance.tried = [1e6 * chance] * 8, [1e6] * 8
     found = {share.next_shape() for share in shares}
@@ -173,7 +174,7 @@ def test_a_request_that_accepts_less_guesses_less_unless_shapes_are_captured():
         running = Running()
         own = Budget(running, captured, ())
         own.prices, own.trials = priced(check=(10.0, 0.0, 0.6), draft=(0.5, 0.5, 0.3)), []
-        good, bad = (Share(0, 1, own, 64) for _ in range(2))
+        good, bad = (Share(0, 1, own, 64, decodes=True) for _ in range(2))
         running.shares = dict.fromkeys((good, bad))
         for share, chance in ((good, 0.95), (bad, 0.02)):
             share.acceptance.right, share.acceptance.tried = [1e6 * chance] * 8, [1e6] * 8
@@ -310,10 +311,13 @@ def test_few_programs_are_captured():
 def test_costs_of_a_profile_are_where_auto_starts(tmp_path):
     path = tmp_path / "costs.json"
     timing = {"drafter": "tree", "shape": "chain:3", "ratio": 0.9, "context": 200, "draft_ms": 6.0, "check_ms": 11.0}
-    shared = {"requests": 8, "rows": 40, "passes": 4, "draft_rows": 32, "draft_ms": 17.0, "check_ms": 26.0}
-    path.write_text(json.dumps({"alone_ms": 10.0, "timings": [timing, timing | {"drafter": "self"}], "shared": [shared]}))
+    shared = {"requests": 8, "rows": 40, "passes": 4, "draft_rows": 32, "draft_ms": 17.0, "check_ms": 26.0, "ratio": 0.9}
+    others = [timing | {"drafter": "self"}, timing | {"ratio": 0.0, "draft_ms": 9.0}, timing | {"ratio": 1.0}]
+    both = [shared, shared | {"ratio": 0.0}]  # another ratio takes another time
+    path.write_text(json.dumps({"alone_ms": 10.0, "timings": [timing, *others], "shared": both}))
     wanted = (RoundCost(1, 1, 0, 0, 0.0, 10.0), RoundCost(1, 4, 3, 3, 6.0, 11.0, 0.9), RoundCost(**shared))
     assert read_costs(path, "tree") == wanted
+    assert read_costs(path, "self") == wanted[:2]  # `shared` was measured with the draft model
     drafter = TreeDrafter("auto", costs=str(path))
     with sharing(Engine(), tiny.model("qwen2_5_vl"), drafter=drafter) as share:
         assert not share.budget.trials and share.budget.prices.check((1, 1, 1)) == pytest.approx(10, rel=0.1)

@@ -172,12 +172,17 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
     }
 
 
+# Modules of decoding/ that a target's own answer goes through.
+DECODING = ("loop", "output", "prefill", "prefixes", "prefix_entries", "prefix_keys", "scheduler", "shelf", "slices", "text",
+            "ticket")  # fmt: skip
+
+
 @cache
 def revision() -> str:
     """Hash of the source code that the target's own answer depends on, kernels included."""
     home, found = Path(__file__).parents[1], sha256()
     files: tuple[str, ...] = ("parallel/ranks.py", "strategies/verifier.py")
-    files += tuple(f"decoding/{name}.py" for name in ("loop", "output", "prefill", "scheduler", "text"))
+    files += tuple(f"decoding/{name}.py" for name in DECODING)
     for part in ("engine", "models", "strategies/verifiers", "types", *files):
         place = home / part
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

@@ -97,6 +97,7 @@ class Share:
         most: Maximum number of nodes of its trees.
         steady: Prices for a request whose answer depends on its guesses. Its shapes follow from these and its own
             verdicts alone, never from a clock or other requests: the same seed gives the same answer.
+        decodes: Whether its prefill has ended. Before that it takes part in no round.
     """
 
     target: int
@@ -104,6 +105,7 @@ class Share:
     budget: Budget | None = None
     most: int = 1
     steady: Prices | None = None
+    decodes: bool = False
 
     def __post_init__(self) -> None:
         self.acceptance = Acceptance(self.budget.acceptance if self.budget and self.steady is None else None)
@@ -112,6 +114,7 @@ class Share:
     def next_shape(self) -> TreeShape:
         """Choose the shape of this request's next tree."""
         assert self.budget is not None
+        self.decodes = True
         shape = self.budget.shape_for(self)
         self.rows = len(shape)
         return shape
@@ -210,7 +213,7 @@ class Budget:
     def _begin(self, target: int) -> Round:
         """Choose the shape of a round."""
         self.number += 1
-        every = [share for share in self.running.shares if share.target == target]
+        every = [share for share in self.running.shares if share.decodes and share.target == target]
         mine = [share for share in every if share.budget is self and share.steady is None]
         others = len(every) - len(mine), sum(share.rows for share in every) - sum(share.rows for share in mine)
         old = self.round if self.round is not None and self.round.rate else None
@@ -250,7 +253,7 @@ class Budget:
 
         Captured drafts of equal shapes are one program, so there all have the same.
         """
-        if self.captured or not now.rate or now.shape == ROOT or len(self.running.shares) == 1:
+        if self.captured or not now.rate or now.shape == ROOT or sum(share.decodes for share in self.running.shares) == 1:
             return now.shape
         row_ms, draft_row_ms = self.prices.row_ms
 
@@ -276,7 +279,9 @@ class Running:
     def budget(self, target: VideoLM, draft: VideoLM, captured: bool, known: tuple[RoundCost, ...]) -> Budget:
         """Return the budget of a pair; it learns as long as its models and the engine live."""
         found = self.pairs.setdefault(target, WeakKeyDictionary()).setdefault(draft, {})
-        return found.setdefault(known, Budget(self, captured, known))
+        if known not in found:
+            found[known] = Budget(self, captured, known)
+        return found[known]
 
 
 _RUNNING: WeakKeyDictionary[Engine, Running] = WeakKeyDictionary()

@@ -89,15 +89,16 @@ def autoregressive_work(
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
     output, generator = Output.of(target, asked), verifier_generator(asked.seed)
     penalty = penalty_for(target, prompt, asked)
-    with caches.lease() as lease, sharing(engine, target):
+    with caches.lease() as lease, sharing(engine, target) as share:
         cache = lease.take("target", target, len(prompt) + asked.max_new_tokens)
         rule = (verifier, claims_of(verifier)[1], penalty, generator, stop_ids)
         request = Request(target, cache, *rule, clock.mark, seed=asked.seed, start=len(prompt))
         filled = yield from Prefill(target, prompt, cache, clock, engine, None, prefixes).run()
-        token, reused = first_token(request, filled.logits_1V), filled.reused
+        token, reused, share.decodes = first_token(request, filled.logits_1V), filled.reused, True
         clock.mark("prefill")
+        times_s = filled.timed(clock.lap())
         while True:
-            yield Step(output.take([token]), times_s=clock.lap(), reused=reused)
+            yield Step(output.take([token]), times_s=times_s, reused=reused)
             if output.done:
                 return filled.keep_answer(output.tokens, cache)
             reused = None
@@ -105,6 +106,7 @@ def autoregressive_work(
             penalty.add([token])
             token = yield from engine.next(request, token)
             clock.mark("verify")
+            times_s = clock.lap()
 
 
 class View(NamedTuple):
@@ -186,7 +188,7 @@ class DecodingGraph:
             filled = yield from filling.run()
             features_ND, logits_MV, reused, _ = filled
             copy = filled.copy(prompt)  # for strategies; copied while the GPU is still busy with the prefill
-            token = first_token(request, logits_MV)
+            token, share.decodes = first_token(request, logits_MV), True
             clock.mark("prefill")
             times = filled.timed(clock.lap())
             first = Step(output.take([token]), times_s=times, lossless=self.lossless, reused=reused)

@@ -63,7 +63,7 @@ class Proposals:
         started: list[Submitted] = []
         with inside(self.drafter):
             guess_on = getattr(self.session, "guess_on", None)
-            found = guess_on(lambda: started[0].done) if guess_on is not None else None
+            found = guess_on(lambda: bool(started) and started[0].done) if guess_on is not None else None
         if not isinstance(found, Generator):
             return (yield from self.engine.check(request, tree))
         started.append((yield from self.engine.submit(request, tree)))

@@ -74,7 +74,7 @@ class RemoteDrafter(Drafter):
         link: Connection to a process that runs `serve`.
 
     Raises:
-        UserError: The drafter needs signals, or runs no draft model.
+        UserError: The drafter needs signals, runs no draft model, or chooses its shapes by costs.
     """
 
     name = "remote"
@@ -83,6 +83,10 @@ class RemoteDrafter(Drafter):
     def __init__(self, inner: Drafter, link: Connection) -> None:
         if inner.needs or inner.model != "draft":
             raise UserError(f"drafter={inner.name} cannot draft in a process of its own: it needs the target")
+        if inner.adapts:
+            raise UserError(
+                f"drafter={inner.name} shape=auto goes by costs that are not known in another process: give a shape"
+            )
         self.inner, self.link = inner, link
 
     @property

@@ -33,6 +33,11 @@ class Item:
         """Bytes that it takes where it is."""
         return self.kept.nbytes + self.more
 
+    def forget(self) -> None:
+        """Free its tensors, once it is dropped. A request that has read it may hold it until its answer ends."""
+        if not self.users:
+            self.kept = Kept(())
+
 
 @dataclass
 class Shelf:
@@ -131,9 +136,12 @@ class Shelf:
         for other in [other for other in self.items if other.parent is item]:
             self.drop(other)
         self.items.discard(item)
+        item.forget()
         if item.parent is not None:
             item.parent.children -= 1
 
     def empty(self) -> None:
         """Drop all items."""
+        for item in self.items:
+            item.forget()
         self.items.clear()

@@ -57,7 +57,7 @@ class Check(Submitted):
     def follows(self) -> bool:
         """Whether the argmax of each node's logits decides the check (`Verifier.follow`)."""
         request = self.request
-        return request.penalty.factor == 1 and request.verifier.follows and is_ours(request.verifier)
+        return request.penalty.factor == 1 and is_ours(request.verifier) and request.verifier.follows
 
 
 @dataclass(eq=False)

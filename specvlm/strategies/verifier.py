@@ -211,7 +211,8 @@ class Verifier(Strategy, ABC):
     def follow(self, parents: Sequence[int], tokens: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
         """Verify a tree on the host, as `decide` does, from the target's argmax after each node.
 
-        Only for a rule that reads nothing else of the logits. Used for requests that share a pass.
+        Only for a rule that reads nothing else of the logits. Used for requests that share a pass, and only of specvlm's
+        own rules: others are asked through `decide`.
 
         Args:
             parents: Parent of each node; -1 for the root.

@@ -5,6 +5,7 @@ Shape suffixes: M tree nodes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
@@ -103,6 +104,13 @@ class _WatchedSession(DraftSession):
         _check_tree(self.drafter, tree, root, self.ctx, f"{self.drafter!r} on {self.where}")
         self.trees.append(replace(tree, tokens=tree.tokens.clone()))
         return tree
+
+    def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
+        return self.session.guess_on(done)
+
+    @property
+    def drafted_ahead(self) -> int | None:  # type: ignore[override]
+        return self.session.drafted_ahead
 
 
 def _check_tree(drafter: Any, tree: DraftTree, root: int, ctx: DraftContext, what: str) -> None:

@@ -72,8 +72,12 @@ def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
     """Read the costs.json of `python -m specvlm.advise`, for a drafter. Raises ValueError or OSError if it is none."""
     found: _Profile = parse(_Profile, json_of(read_text(path)), f"costs={path}")
     rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
-    for one in found["timings"]:
-        if one["drafter"] == drafter:
+    mine = [one for one in found["timings"] if one["drafter"] == drafter]
+    # Of one ratio: rounds of another take other times.
+    ratio = max((one["ratio"] for one in mine if one["ratio"] < 1), default=None)
+    for one in mine:
+        if one["ratio"] == ratio:
             times = one["draft_ms"], one["check_ms"], one["ratio"]
             rounds.append(RoundCost.of_shape(TreeShape.parse(one["shape"]), 1, *times))
-    return (*rounds, *found.get("shared", ()))
+    shared = (one for one in found.get("shared", ()) if not one.passes or (drafter == "tree" and one.ratio == ratio))
+    return (*rounds, *shared)

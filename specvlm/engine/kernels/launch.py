@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 PDL = True  # programmatic dependent launch; off in Triton's interpreter, which lacks it
-GROUP = 128  # values of an 8-bit row that share a scale: a tile of k, a head, or a tile of the gated layer
+GROUP = 128  # values of an 8-bit row that share a scale: a tile of k, a head, or a part of the gated layer's output
 
 
 @triton.jit

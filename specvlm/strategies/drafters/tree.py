@@ -5,7 +5,7 @@ Shape suffixes: M tree nodes, R nodes that are expanded, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ class TreeDrafter(Drafter):
     model = "draft"
     shape: str = "paper"
     children: str = "auto"
-    costs: str = field(default="", repr=False)
+    costs: str = ""
 
     def __post_init__(self) -> None:
         if self.shape != AUTO:
