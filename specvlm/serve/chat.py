@@ -104,7 +104,8 @@ class Chat:
             options["stop_ids"] = sorted(own | set(request.stop_ids))
         self.session.graph(self.session.options.asked(options))  # options that do not fit fail before anything is read
         media = self._media.read(request)
-        asked = self.session.prepare(media.messages, None, None, options)
+        sampled = {"frames": None, "fps": None}  # the server's own are for files, and these videos are read already
+        asked = self.session.prepare(media.messages, None, None, options | sampled)
         self._check_length(asked)
         if request.explain:
             self.views.put(name, view_of([clip for clip in media.clips if isinstance(clip, Clip)], asked.reading.prompt.grids))
