@@ -68,7 +68,9 @@ class Chat:
         try:
             self.admission.check()
             _check_type(Headers(scope=scope))
-            request = chat_request(await body.read(Headers(scope=scope), receive), self.session.options)
+            raw = await body.read(Headers(scope=scope), receive)
+            request = await asyncio.to_thread(chat_request, raw, self.session.options)
+            del raw
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; there is {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")

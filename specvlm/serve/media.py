@@ -105,20 +105,24 @@ class MediaReader:
 
     def _picture(self, content: bytes, found: Media) -> Tensor:
         """Read an image, or a frame. Its size, and that of all of the request, are checked before it is decoded."""
-        most, size = self._settings.max_side_pixels, self._settings.max_size
+        most = self._settings.max_side_pixels
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as opened:
                 if opened.width * opened.height > most:
                     raise bad(f"an image of {opened.width}x{opened.height}: at most {most:,} pixels", code="image_too_large")
-                found.size += opened.width * opened.height * 3
-                if found.size > size:
-                    told = f"the frames and images of a request take more than {size // 2**20} MiB: send fewer or smaller ones"
-                    raise bad(told, code="media_too_large")
+                self._count(opened.width * opened.height * 3, found)
                 return picture(opened)
         except Image.DecompressionBombError:
             raise bad(f"the image has more than {most:,} pixels", code="image_too_large") from None
         except (OSError, ValueError, SyntaxError) as error:
             raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
+
+    def _count(self, size: int, found: Media) -> None:
+        """Count bytes of frames and images. Raises ApiError if all of the request are too many."""
+        found.size += size
+        if found.size > self._settings.max_size:
+            told = f"the frames and images of a request take more than {self._settings.max_clip_mib} MiB"
+            raise bad(f"{told}: send fewer or smaller ones", code="media_too_large")
 
     def _video(self, url: str, request: ChatRequest, left: int, found: Media) -> Clip | Processed:
         """Read a video. Frames as JPEG pictures, as vLLM takes them, are used as they are.
@@ -138,11 +142,11 @@ class MediaReader:
             sample = partial(read_clip, target, path, options, limits)
             if known is None or request.explain or self._local(url) is None:
                 clip = sample()
-                found.size += clip.frames.nbytes
+                self._count(clip.frames.nbytes, found)
                 return clip
             how = (options.frames, options.fps, options.reader, limits.frames)  # a limit may change what is sampled
             made = known.get(target, path, how, sample, request.options.get("max_pixels", options.max_pixels))
-            found.size += made.nbytes
+            self._count(made.nbytes, found)
             return made
 
     @contextmanager
