@@ -254,6 +254,19 @@ def test_null_is_the_default_of_every_optional_field():
     assert live().ask(value).json()["choices"][0]["message"]["content"] == alone().text
 
 
+def test_bytes_of_a_token_that_is_part_of_a_character_are_null():
+    from types import SimpleNamespace
+
+    from specvlm.serve.wire import Completion
+    from specvlm.types import TokenLogprobs
+
+    words = {1: "a", 2: "\ufffd", 3: "\u00e9"}
+    tokenizer = SimpleNamespace(decode=lambda ids: words[ids[0]])
+    found = Completion(None, "m", None, tokenizer, "x")._logprobs([TokenLogprobs(1, -1.0, ((2, -2.0), (3, -3.0)))])
+    (row,) = found["content"]
+    assert [one["bytes"] for one in (row, *row["top_logprobs"])] == [[97], None, [195, 169]]
+
+
 def test_unknown_fields_are_ignored_and_named():
     found = live().ask(user="me", colour="red", metadata={"a": "b"}, speed=3).json()
     assert found["specvlm"]["ignored"] == ["colour", "speed"] and "ignored" not in live().ask().json()["specvlm"]

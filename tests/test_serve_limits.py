@@ -187,17 +187,22 @@ def test_a_slow_reader_holds_no_region_and_is_dropped():
         assert one.ask(max_tokens=1).status_code == 200
 
 
-def test_a_client_that_reads_nothing_of_answers_that_are_complete_is_dropped():
-    """Answers that wait in the server's buffer: of a connection that goes on, and of one that is to be closed."""
+@pytest.mark.parametrize(
+    ("times", "last"), [(400, b"\r\n"), (3, b"\r\n"), (3, b"Connection: close\r\n\r\n")], ids=["many", "kept", "closed"]
+)
+def test_a_client_that_reads_nothing_of_complete_answers_is_dropped(times, last):
+    """Answers that wait in the server's buffer: too many, few of a connection that is kept, and few of one that ends."""
     with served("write_timeout=1") as one:
-        get = b"GET /specvlm/clips/synthetic_1 HTTP/1.1\r\nHost: localhost\r\n"
-        for head in (get + b"\r\n", get + b"Connection: close\r\n\r\n"):
-            with socket.socket() as connection:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                connection.connect(("127.0.0.1", one.port))
-                connection.sendall(head * 400)
-                assert until(lambda: one.server.server_state.connections)
-                assert until(lambda: not one.server.server_state.connections)
+        one.server.config.timeout_keep_alive = 1
+        one.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", one.port))
+            get = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n"
+            connection.sendall((get + b"\r\n") * times + get + last)
+            state = one.server.server_state
+            assert until(lambda: state.total_requests >= min(times, 4)) and state.connections
+            assert until(lambda: not state.connections, 10)
         assert one.client.get("/health").status_code == 200
 
 

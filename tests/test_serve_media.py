@@ -7,9 +7,9 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
-from serving import FEW, body, data_url, served
+from serving import FEW, data_url, served
 from session_pairs import QUESTION, new_session, session
-from test_serve import VIDEO, error_of, picture_url
+from test_serve import error_of, picture_url
 
 import specvlm
 from specvlm.models.known_videos import KnownVideos
@@ -65,8 +65,12 @@ def test_most_pixels_of_a_request_hold_for_remembered_videos_too(remembering):
     assert grids[0] == grids[2] > grids[1]
     with served(of=remembering) as one:
         given = {"mm_processor_kwargs": {"max_pixels": 28 * 28 * 4}}
-        want = session().generate(QUESTION, videos=specvlm.read_video(specvlm.video.clips.find_clip("synthetic_1"), frames=4),
-                                  max_new_tokens=8, max_pixels=28 * 28 * 4)
+        want = session().generate(
+            QUESTION,
+            videos=specvlm.read_video(specvlm.video.clips.find_clip("synthetic_1"), frames=4),
+            max_new_tokens=8,
+            max_pixels=28 * 28 * 4,
+        )
         for _ in range(2):
             found = one.ask(**given, **FEW).json()
             assert found["choices"][0]["message"]["content"] == want.text
