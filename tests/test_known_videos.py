@@ -74,6 +74,18 @@ def test_a_file_that_has_changed_under_its_name_is_read_anew(way, known, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_video_that_was_remembered_wrongly_is_forgotten_once_its_pixels_are_seen(known, tmp_path):
+    path, decoded = tmp_path / "a.mp4", []
+    shutil.copy(find_clip("synthetic_1"), path)
+    getter(known, path, decoded)
+    (key,) = known._known
+    known._known[key] = known._known[key]._replace(digest="other")
+    with pytest.raises(UserError, match="ask again"):
+        getter(known, path, decoded).video["pixels"]
+    assert not known._known and "pixels" in getter(known, path, decoded).video
+
+
+@pytest.mark.slow
 def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path, monkeypatch):
     path, known = tmp_path / "a.mp4", KnownVideos()
     shutil.copy(find_clip("synthetic_1"), path)

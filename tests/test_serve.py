@@ -222,6 +222,12 @@ def test_rounds_and_what_the_drafter_saw_are_told_if_asked_for():
         ({"specvlm": {"ratio": 1.5}}, "specvlm.ratio"),
         ({"specvlm": {"drafter": {"name": "tree", "shape": "/etc/passwd"}}}, "specvlm.drafter"),
         ({"specvlm": {"drafter": {"name": "tree", "shape": "tree.json"}}}, "specvlm.drafter"),
+        ({"specvlm": {"drafter": {"name": "tree", "shape": "auto", "costs": "Makefile"}}}, "specvlm.drafter"),
+        ({"specvlm": {"drafter": {"name": "tree", "shape": "a" * 1000 + "/etc/passwd"}}}, "specvlm.drafter"),
+        ({"specvlm": {str(number): 1 for number in range(300)}}, "specvlm"),
+        ({"logit_bias": {str(number): "x" for number in range(1025)}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({str(number): 1 for number in range(300)}, None),
         ({"media_io_kwargs": {"video": {"num_frames": 2, "fps": 1}}}, "media_io_kwargs.video"),
         ({"media_io_kwargs": {"video": {"num_frames": 0}}}, "media_io_kwargs.video.num_frames"),
         ({"logprobs": True, "specvlm": {"speculate": False}}, None),
@@ -246,6 +252,19 @@ def test_null_is_the_default_of_every_optional_field():
     nulls = dict.fromkeys([*ChatBody.model_fields, *UNSUPPORTED, *HARMLESS])
     value = nulls | {key: body()[key] for key in ("model", "messages")} | {"max_tokens": 8} | FEW
     assert live().ask(value).json()["choices"][0]["message"]["content"] == alone().text
+
+
+def test_bytes_of_a_token_that_is_part_of_a_character_are_null():
+    from types import SimpleNamespace
+
+    from specvlm.serve.wire import Completion
+    from specvlm.types import TokenLogprobs
+
+    words = {1: "a", 2: "\ufffd", 3: "\u00e9"}
+    tokenizer = SimpleNamespace(decode=lambda ids: words[ids[0]])
+    found = Completion(None, "m", None, tokenizer, "x")._logprobs([TokenLogprobs(1, -1.0, ((2, -2.0), (3, -3.0)))])
+    (row,) = found["content"]
+    assert [one["bytes"] for one in (row, *row["top_logprobs"])] == [[97], None, [195, 169]]
 
 
 def test_unknown_fields_are_ignored_and_named():

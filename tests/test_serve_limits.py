@@ -187,6 +187,63 @@ def test_a_slow_reader_holds_no_region_and_is_dropped():
         assert one.ask(max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("times", "last"), [(400, b"\r\n"), (3, b"\r\n"), (3, b"Connection: close\r\n\r\n")], ids=["many", "kept", "closed"]
+)
+def test_a_client_that_reads_nothing_of_complete_answers_is_dropped(times, last):
+    """Answers that wait in the server's buffer: too many, few of a connection that is kept, and few of one that ends."""
+    with served("write_timeout=1") as one:
+        one.server.config.timeout_keep_alive = 1
+        one.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", one.port))
+            get = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n"
+            connection.sendall((get + b"\r\n") * times + get + last)
+            state = one.server.server_state
+            assert until(lambda: state.total_requests >= min(times, 4)) and state.connections
+            assert until(lambda: not state.connections, 10)
+        assert one.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("more", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3])
+def test_bytes_behind_a_request_do_not_hide_that_its_client_goes(more):
+    with served() as one:
+        content = json.dumps(body(**LONG | {"max_tokens": 1000})).encode()
+        for late in (False, True):
+            with one.connect() as connection:
+                head = post(content, f"Content-Length: {len(content)}")
+                connection.sendall(head if late else head + more)
+                assert until(lambda: leased(one.session))
+                connection.sendall(more if late else b"")
+            assert until(one.idle, 10)
+
+
+def test_too_many_bytes_behind_a_request_end_it():
+    with served() as one:
+        content = json.dumps(body(**LONG | {"max_tokens": 1000})).encode()
+        with one.connect() as connection:
+            connection.sendall(post(content, f"Content-Length: {len(content)}"))
+            assert until(lambda: leased(one.session))
+            with pytest.raises(OSError):
+                for _ in range(1000):
+                    connection.sendall(bytes(65536))
+            assert until(one.idle, 10)
+
+
+def test_one_connection_too_many_is_told_so_in_openais_form(monkeypatch):
+    monkeypatch.setattr("specvlm.serve.server.MORE_CONNECTIONS", 2)
+    with served("running=1", "queue=0") as one:
+        held = [one.connect() for _ in range(3)]
+        assert until(lambda: len(one.server.server_state.connections) == 3)
+        found = one.client.get("/health")
+        assert error_of(found, 503)["type"] == "service_unavailable_error" and found.headers["retry-after"] == "5"
+        for connection in held:
+            connection.close()
+        assert until(lambda: not one.server.server_state.connections)
+        assert one.client.get("/health").status_code == 200
+
+
 # Ending
 
 
@@ -272,6 +329,7 @@ def test_keys_guard_what_decodes(tmp_path):
 
 def test_a_server_for_this_machine_answers_no_other_name():
     assert error_of(live().client.get("/health", headers={"host": "evil.example"}), 403)["code"] == "host_refused"
+    error_of(live().client.get("/health", headers={"host": "testserver"}), 403)
     assert live().client.get("/health", headers={"host": "localhost:1234"}).status_code == 200
 
 
@@ -446,6 +504,13 @@ class Site(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(find_clip("synthetic_1").read_bytes())
+        elif self.path in ("/headers", "/continue"):  # one header that never ends; answers that announce another
+            for _ in range(1000):
+                try:
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" if self.path == "/continue" else b"H")
+                except OSError:
+                    return
+                time.sleep(0.05)
         elif self.path in ("/much", "/slow"):
             self.send_response(200)
             self.end_headers()
@@ -500,7 +565,10 @@ def test_an_address_is_fetched_if_that_is_on_and_every_redirect_is_checked(site)
             assert error_of(one.ask(video=f"{site.url}{path}"))["code"] == code, path
         assert not any("inner" in str(host) for _, host in site.asked)
     with served("fetch=true", "read_timeout=1") as one:
-        assert error_of(one.ask(video=f"{site.url}/slow"))["code"] == "fetch_failed"
+        for path in ("/slow", "/headers", "/continue"):
+            begin = time.monotonic()
+            assert error_of(one.ask(video=f"{site.url}{path}"))["code"] == "fetch_failed"
+            assert time.monotonic() - begin < 20
     with served("fetch=true", "fetch_hosts=[other.example]") as one:
         assert error_of(one.ask(video=f"{site.url}/clip"))["code"] == "address_refused"
     before = len(site.asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from time import time_ns
@@ -71,7 +72,7 @@ class KnownVideos:
             if known is not None:
                 self._known.move_to_end(key)
         if known is not None:
-            return late(known, read, path)
+            return late(known, read, partial(self._forget, key))
         found = read()
         if key[0] is not None and key[0] == identity(path):
             self._remember(key, found, target)
@@ -85,6 +86,10 @@ class KnownVideos:
             while len(self._known) > MOST:
                 self._known.popitem(last=False)
 
+    def _forget(self, key: Hashable) -> None:
+        with self._lock:
+            self._known.pop(key, None)
+
 
 def identity(path: Path) -> tuple[Hashable, ...] | None:
     """Tell a file, as it is now, from others. None if it is not there, or was written just now."""
@@ -97,13 +102,17 @@ def identity(path: Path) -> tuple[Hashable, ...] | None:
     return os.path.abspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def late(known: Known, read: Callable[[], Processed], path: Path) -> Processed:
-    """Make the processed video of a known file, whose pixels are read once they are asked for."""
+def late(known: Known, read: Callable[[], Processed], forget: Callable[[], None]) -> Processed:
+    """Make the processed video of a known file, whose pixels are read once they are asked for.
+
+    If they are others by then, the file is forgotten.
+    """
 
     def pixels() -> dict[str, Any]:
         video = read().video
         if pixel_digest(video) != known.digest:
-            raise UserError(f"{path} has changed since it was looked at: ask again")
+            forget()
+            raise UserError(f"{known.made.source} has changed since it was looked at: ask again")
         return video
 
     return known.made._replace(video=LateVideo(known.made.video, pixels, known.digest, known.vision_rows))

@@ -28,7 +28,7 @@ from specvlm.video.clips import FOLDER, names
 PAGE = Path(__file__).parent / "page"
 SHARED = ("specvlm.results", "page")  # parts that the report has, too
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
-LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1", "testserver")
+LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; media-src blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"

@@ -68,7 +68,9 @@ class Chat:
         try:
             self.admission.check()
             _check_type(Headers(scope=scope))
-            request = chat_request(await body.read(Headers(scope=scope), receive), self.session.options)
+            raw = await body.read(Headers(scope=scope), receive)
+            request = await asyncio.to_thread(chat_request, raw, self.session.options)
+            del raw
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; there is {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
@@ -104,7 +106,8 @@ class Chat:
             options["stop_ids"] = sorted(own | set(request.stop_ids))
         self.session.graph(self.session.options.asked(options))  # options that do not fit fail before anything is read
         media = self._media.read(request)
-        asked = self.session.prepare(media.messages, None, None, options)
+        sampled = {"frames": None, "fps": None}  # the server's own are for files, and these videos are read already
+        asked = self.session.prepare(media.messages, None, None, options | sampled)
         self._check_length(asked)
         if request.explain:
             self.views.put(name, view_of([clip for clip in media.clips if isinstance(clip, Clip)], asked.reading.prompt.grids))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_ANSWERS = 256, 512, 1_000_000, 8
 MOST_STOPS, LONGEST_STOP = 16, 1000
+MOST_BIASES, MOST_NAMES = 1024, 256
 # Fields that OpenAI's clients send and that change nothing here.
 HARMLESS = frozenset(
     (
@@ -40,6 +42,17 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
 
 
+def few(most: int) -> BeforeValidator:
+    """A bound on the entries of an object. It is checked before each of them gives an error."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > most:
+            raise PydanticCustomError("too_many", "expected at most {most} entries", {"most": most})
+        return given
+
+    return BeforeValidator(check)
+
+
 class Body(BaseModel):
     """A part of the body. Types are strict: "3" and true are no numbers."""
 
@@ -65,7 +78,7 @@ class Message(Body):
     """A message."""
 
     role: str
-    content: Text | Annotated[list[Part], Field(max_length=MOST_PARTS)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
     tool_calls: Any = None
     function_call: Any = None
 
@@ -114,7 +127,7 @@ class ChatBody(Body):
     """The body of a chat completion."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
@@ -133,7 +146,7 @@ class ChatBody(Body):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None, few(MOST_BIASES)] = None
     media_io_kwargs: MediaRequest | None = None
     mm_processor_kwargs: ProcessorRequest | None = None
-    specvlm: OwnOptions | None = None
+    specvlm: Annotated[OwnOptions | None, few(MOST_NAMES)] = None

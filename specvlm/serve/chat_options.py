@@ -13,7 +13,9 @@ from specvlm.serve.chat_body import LONGEST_STOP, MOST_ANSWERS, ChatBody, OwnOpt
 from specvlm.serve.errors import bad
 from specvlm.session.options import MOST_SEED, Options
 
-PLAIN = re.compile(r"[\w :\[\],+-]*")  # texts of strategies' fields: no dot and no slash, so none names a file
+PLAIN = re.compile(r"[\w :\[\],+-]*")  # texts of strategies' fields: no dot and no slash
+LONGEST_TEXT = 1000
+FILES = frozenset(("costs",))  # fields of strategies that name files
 
 
 def options_of(body: ChatBody, own: OwnOptions, default: Options) -> dict[str, Any]:
@@ -100,9 +102,12 @@ def _token(key: str) -> int:
 
 def _strategy(kind: str, given: str | dict[str, Any] | None) -> Any:
     """Check a strategy of a request: plain values, and no text that could name a file."""
+    if isinstance(given, dict) and (names := FILES & given.keys()):
+        name = min(names)
+        raise bad(f"specvlm.{kind}: {name} names a file of the server: leave it out", f"specvlm.{kind}")
     values = list(given.values()) if isinstance(given, dict) else [given]
     for value in values:
-        if isinstance(value, str) and not PLAIN.fullmatch(value[:1000]):
+        if isinstance(value, str) and (len(value) > LONGEST_TEXT or not PLAIN.fullmatch(value)):
             raise bad(f"specvlm.{kind}: {line(value)[:60]!r} is neither a name nor a shape", f"specvlm.{kind}")
         if not isinstance(value, str | int | float | bool | None) or (isinstance(value, float) and not math.isfinite(value)):
             raise bad(f"specvlm.{kind}: the fields of a strategy are numbers, texts and truth values", f"specvlm.{kind}")

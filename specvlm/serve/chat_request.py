@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from specvlm.errors import line
-from specvlm.serve.chat_body import HARMLESS, UNSUPPORTED, ChatBody, Message, OwnOptions, Part
+from specvlm.serve.chat_body import HARMLESS, MOST_NAMES, UNSUPPORTED, ChatBody, Message, OwnOptions, Part
 from specvlm.serve.chat_options import options_of, sampling_of
 from specvlm.serve.errors import ApiError, bad
 from specvlm.session.options import Options
@@ -62,6 +62,8 @@ def chat_request(raw: bytes, default: Options) -> ChatRequest:
         ApiError: It is no JSON, a field has a wrong value, or asks for what is not supported.
     """
     given = _json(raw)
+    if len(given) > MOST_NAMES:
+        raise bad(f"the body has {len(given):,} names: at most {MOST_NAMES} are allowed")
     try:
         body = ChatBody.model_validate(given)
     except ValidationError as error:
@@ -98,12 +100,13 @@ def _json(raw: bytes) -> Any:
 
 def _refused(error: ValidationError) -> ApiError:
     """Put the first finding of pydantic into words."""
-    found = error.errors(include_url=False)
+    found = error.errors(include_url=False, include_context=False)
     first = max(found, key=lambda one: len(one["loc"])) if found[0]["loc"][:1] == ("messages",) else found[0]
     place = ".".join(str(step) for step in first["loc"] if not re.search(r"[\[(]|^(str|Message|Part|Address)$", str(step)))
     if first["type"] == "missing":
         return bad(f"{place} is missing", place)
-    shown = "" if isinstance(first["input"], dict | list) else f", got {line(repr(first['input']))[:80]}"
+    value = first["input"][:100] if isinstance(first["input"], str) else first["input"]
+    shown = "" if isinstance(value, dict | list) else f", got {line(repr(value))[:80]}"
     return bad(f"{place}: {first['msg'].replace('Input should be', 'expected')}{shown}", place)
 
 

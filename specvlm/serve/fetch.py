@@ -87,16 +87,56 @@ def check_url(url: str, hosts: Iterable[str]) -> None:
         raise bad(f"{line(host)[:80]}: this server fetches from {', '.join(hosts)} alone", code="address_refused")
 
 
-class CheckedBackend(httpcore.SyncBackend):
-    """Connects to public addresses alone."""
+def _left(end: float, most: float | None = PATIENCE) -> float:
+    """Seconds to wait for the next bytes. Raises ApiError if the time is over."""
+    if (seconds := end - monotonic()) <= 0:
+        raise bad("the address is too slow", code="fetch_failed")
+    return min(seconds, PATIENCE if most is None else most)
 
-    def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> Any:
+
+class TimedStream(httpcore.NetworkStream):
+    """A connection that ends at a time, however slowly bytes come: headers, and answers that only announce another, too."""
+
+    def __init__(self, inner: httpcore.NetworkStream, end: float) -> None:
+        self._inner, self._end = inner, end
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read what is there."""
+        return self._inner.read(max_bytes, _left(self._end, timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Write all."""
+        self._inner.write(buffer, _left(self._end, timeout))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        """Go on with TLS."""
+        return TimedStream(self._inner.start_tls(ssl_context, server_hostname, _left(self._end, timeout)), self._end)
+
+    def get_extra_info(self, info: str) -> Any:
+        """What is known of the connection."""
+        return self._inner.get_extra_info(info)
+
+
+class CheckedBackend(httpcore.SyncBackend):
+    """Connects to public addresses alone, until a time."""
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+
+    def connect_tcp(self, host: str, port: int, **options: Any) -> Any:  # type: ignore[override]
         """Resolve a name, check every address, and connect to the first. Raises ApiError if one is not public."""
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         places = [str(place[4][0]) for place in found]
         if not places or not all(is_public(ip_address(place)) for place in places):
             raise bad(f"{line(host)[:80]} is no public address", code="address_refused")
-        return super().connect_tcp(places[0], port, *args, **options)
+        options["timeout"] = _left(self._end, options.get("timeout"))
+        return TimedStream(super().connect_tcp(places[0], port, **options), self._end)
 
 
 @cache
@@ -106,15 +146,9 @@ def _tls() -> ssl.SSLContext:
 
 def _get(url: str, most: int, end: float) -> bytes | str:
     """Return the content of an address, or the address that it redirects to."""
-
-    def left() -> float:
-        if (seconds := end - monotonic()) <= 0:
-            raise bad("the address is too slow", code="fetch_failed")
-        return min(seconds, PATIENCE)
-
-    extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), left())}
+    extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), _left(end))}
     with (
-        httpcore.ConnectionPool(_tls(), network_backend=CheckedBackend()) as pool,
+        httpcore.ConnectionPool(_tls(), network_backend=CheckedBackend(end)) as pool,
         pool.stream("GET", url, headers=HEADERS, extensions=extensions) as answer,
     ):
         headers = {name.lower(): value for name, value in answer.headers}
@@ -124,7 +158,6 @@ def _get(url: str, most: int, end: float) -> bytes | str:
             raise bad(f"the address answers with status {answer.status}", code="fetch_failed")
         parts, size = [], 0
         for part in answer.iter_stream():
-            left()
             size += len(part)
             if size > most:
                 raise ApiError(400, f"the address has more than {most:,} bytes", code="media_too_large")

@@ -45,11 +45,14 @@ class Media:
     Attributes:
         messages: As the session takes them.
         clips: The videos, in order.
+        pictures: The images, in order.
+        size: Bytes of all frames and images, before they are resized.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     clips: list[Clip | Processed] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
+    size: int = 0
 
 
 class MediaReader:
@@ -85,10 +88,10 @@ class MediaReader:
             return part
         try:
             if part["type"] == "image":
-                found.pictures.append(self._image(part["image"]))
+                found.pictures.append(self._picture(self._bytes(part["image"]), found))
                 return {"type": "image", "image": found.pictures[-1]}
             left = self._settings.max_frames - sum(map(frames_of, found.clips))
-            clip = self._video(part["video"], request, left)
+            clip = self._video(part["video"], request, left, found)
         except ApiError as error:
             error.param = error.param or where
             raise
@@ -100,38 +103,51 @@ class MediaReader:
         found.clips.append(clip)
         return {"type": "video", "video": clip}
 
-    def _image(self, url: str) -> Tensor:
-        """Read an image; its size is checked before it is decoded."""
-        return self._picture(self._bytes(url))
-
-    def _picture(self, content: bytes) -> Tensor:
+    def _picture(self, content: bytes, found: Media) -> Tensor:
+        """Read an image, or a frame. Its size, and that of all of the request, are checked before it is decoded."""
         most = self._settings.max_side_pixels
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as opened:
                 if opened.width * opened.height > most:
                     raise bad(f"an image of {opened.width}x{opened.height}: at most {most:,} pixels", code="image_too_large")
+                self._count(opened.width * opened.height * 3, found)
                 return picture(opened)
         except Image.DecompressionBombError:
             raise bad(f"the image has more than {most:,} pixels", code="image_too_large") from None
         except (OSError, ValueError, SyntaxError) as error:
             raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
 
-    def _video(self, url: str, request: ChatRequest, left: int) -> Clip | Processed:
+    def _count(self, size: int, found: Media) -> None:
+        """Count bytes of frames and images. Raises ApiError if all of the request are too many."""
+        found.size += size
+        if found.size > self._settings.max_size:
+            told = f"the frames and images of a request take more than {self._settings.max_clip_mib} MiB"
+            raise bad(f"{told}: send fewer or smaller ones", code="media_too_large")
+
+    def _video(self, url: str, request: ChatRequest, left: int, found: Media) -> Clip | Processed:
         """Read a video. Frames as JPEG pictures, as vLLM takes them, are used as they are.
 
         A file in a folder that was read before is not decoded again, unless the request wants to see its frames.
         """
         if url[:16].lower().startswith("data:video/jpeg;"):
-            frames = [self._picture(_unpacked(one)) for one in url.partition(",")[2].split(",", left + 1)[: left + 1]]
+            parts = url.partition(",")[2].split(",", left + 1)[: left + 1]
+            frames = [self._picture(_unpacked(one), found) for one in parts]
             return clip_from_frames(frames, **({"fps": request.sampling["fps"]} if "fps" in request.sampling else {}))
-        options = self._session.options.asked(request.sampling)
-        limits = Limits(left, self._settings.max_side_pixels, self._settings.max_clip_mib * 2**20, self._settings.read_timeout)
+        sampling = {"frames": None, "fps": None} | request.sampling if request.sampling else {}
+        options = self._session.options.asked(sampling)
+        size = self._settings.max_size - found.size
+        limits = Limits(left, self._settings.max_side_pixels, size, self._settings.read_timeout)
         target, known = self._session.target, self._session.videos
         with self._file(url) as path:
             sample = partial(read_clip, target, path, options, limits)
             if known is None or request.explain or self._local(url) is None:
-                return sample()
-            return known.get(target, path, (options.frames, options.fps, options.reader), sample, options.max_pixels)
+                clip = sample()
+                self._count(clip.frames.nbytes, found)
+                return clip
+            how = (options.frames, options.fps, options.reader, limits.frames)  # a limit may change what is sampled
+            made = known.get(target, path, how, sample, request.options.get("max_pixels", options.max_pixels))
+            self._count(made.nbytes, found)
+            return made
 
     @contextmanager
     def _file(self, url: str) -> Iterator[Path]:

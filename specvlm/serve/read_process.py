@@ -21,6 +21,7 @@ import av
 import torch
 
 from specvlm.errors import UserError, first_line, message
+from specvlm.video.av_file import container_of
 from specvlm.video.video import MAX_FRAMES, VideoInfo, probe, read_video
 
 LONGEST = 2**16  # bytes of a message
@@ -88,7 +89,7 @@ def answer(connection: Connection, path: str, reader: str, limits: Limits) -> No
 
 def described(path: Path, reader: str, limits: Limits) -> VideoInfo:
     """Describe a video. Its frames' size is looked at before any is decoded."""
-    with suppress(av.FFmpegError, OSError, ValueError), av.open(str(path)) as container:
+    with suppress(av.FFmpegError, OSError, ValueError), container_of(path) as container:
         for stream in container.streams.video:
             _check_size(stream.codec_context.width, stream.codec_context.height, limits)
     info = probe(path, reader)

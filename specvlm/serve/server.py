@@ -16,7 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specvlm.errors import UserError
 from specvlm.serve.app import App
-from specvlm.serve.errors import bad
+from specvlm.serve.body import Message, Receive, Send
+from specvlm.serve.errors import CLOSING, DRAINING, ApiError, bad
 from specvlm.serve.settings import Settings
 
 MOST_HEADERS = 2**16  # bytes
@@ -48,28 +49,59 @@ def _taken(settings: Settings, error: OSError) -> UserError:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's protocol, with a limit on the time that headers take, and errors in OpenAI's form."""
+    """uvicorn's protocol, with limits on slow clients and on connections, and errors in OpenAI's form."""
 
     header_timeout = 10.0
+    write_timeout = 30.0
+    most_connections = 1024
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._headers_late: asyncio.TimerHandle | None = None
+        self._reader_late: asyncio.TimerHandle | None = None
+        self._behind = 0  # bytes that came after the body of the request that runs
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for headers."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort}
+        if len(self.connections) > self.most_connections:
+            self.app = full
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop()
+        self._stop_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not read."""
+        super().pause_writing()
+        self._wait_writing()
+
+    def resume_writing(self) -> None:
+        """Stop waiting: the client has read."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that is not used. One whose answer is not read would never be closed."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
 
     def data_received(self, data: bytes) -> None:
         """Take data; wait for the rest of the headers if they are not complete."""
+        if self._answers:
+            self._behind += len(data)
+            if self._behind > MOST_HEADERS:
+                self.transport.abort()
+                return
         super().data_received(data)
+        self._read_on()
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop()
         elif self._headers_late is None and not self.transport.is_closing():
@@ -77,8 +109,12 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request, if its headers have begun already."""
+        self._behind = 0
         super().on_response_complete()
         self._stop()
+        self._read_on()
+        if self.transport.is_closing():
+            self._wait_writing()  # it closes once all is written
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
@@ -90,6 +126,25 @@ class Protocol(H11Protocol):
                 self.transport.write(self.conn.send(one) or b"")
         self.transport.close()
 
+    @property
+    def _answers(self) -> bool:
+        """Whether a request that has come completely is not answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    def _read_on(self) -> None:
+        """Go on reading behind a request: uvicorn stops at the next one, and would not hear that the client goes."""
+        if self._answers:
+            self.flow.resume_reading()
+
+    def _wait_writing(self) -> None:
+        if self._reader_late is None:
+            self._reader_late = self.loop.call_later(self.write_timeout, self.transport.abort)
+
+    def _stop_writing(self) -> None:
+        if self._reader_late is not None:
+            self._reader_late.cancel()
+            self._reader_late = None
+
     def _wait(self) -> None:
         self._headers_late = self.loop.call_later(self.header_timeout, self.transport.abort)
 
@@ -97,6 +152,12 @@ class Protocol(H11Protocol):
         if self._headers_late is not None:
             self._headers_late.cancel()
             self._headers_late = None
+
+
+async def full(scope: Message, receive: Receive, send: Send) -> None:
+    """Answer a request of a connection that is one too many."""
+    error = ApiError(DRAINING, "too many connections: try again later", code="busy", headers={"retry-after": "5"} | CLOSING)
+    await error.response()(scope, receive, send)
 
 
 class Server(uvicorn.Server):
@@ -108,7 +169,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App) -> None:
         settings = app.chat.settings
-        protocol = type("BoundProtocol", (Protocol,), {"header_timeout": settings.header_timeout})
+        bounds = {
+            "header_timeout": settings.header_timeout,
+            "write_timeout": settings.write_timeout,
+            "most_connections": settings.running + settings.queue + MORE_CONNECTIONS,
+        }
+        protocol = type("BoundProtocol", (Protocol,), bounds)
         config = uvicorn.Config(
             app,
             http=protocol,
@@ -119,7 +185,6 @@ class Server(uvicorn.Server):
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
-            limit_concurrency=settings.running + settings.queue + MORE_CONNECTIONS,
             h11_max_incomplete_event_size=MOST_HEADERS,
         )
         super().__init__(config)

@@ -40,7 +40,7 @@ HELP = {
     "max_media": "most videos and images of a request (8)",
     "max_frames": "most frames of a request (768)",
     "max_media_mpixels": "most million pixels of an image, and of a frame (36)",
-    "max_clip_mib": "most MiB of a video's sampled frames, before they are resized (1024)",
+    "max_clip_mib": "most MiB of all sampled frames and images of a request, before they are resized (1024)",
     "read_timeout": "seconds in which a video must be read, or fetched (60)",
     "max_prompt_tokens": "most tokens of a prompt (null: what the target's positions allow)",
     "max_answer_tokens": "most tokens of an answer, and of all of `n` (null: what the target's positions allow)",
@@ -103,6 +103,11 @@ class Settings:
     def max_body(self) -> int:
         """Most bytes of a body."""
         return self.max_body_mib * MIB
+
+    @property
+    def max_size(self) -> int:
+        """Most bytes of all frames and images of a request."""
+        return self.max_clip_mib * MIB
 
     @property
     def max_side_pixels(self) -> int:

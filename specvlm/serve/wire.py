@@ -118,7 +118,9 @@ class Completion:
     def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.tokenizer.decode([token])
-            return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode("utf-8", "replace"))}
+            part = "\ufffd" in text  # of a character: the tokenizer does not tell its bytes
+            spelt = None if part else list(text.encode("utf-8", "replace"))
+            return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": spelt}
 
         rows = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*pair) for pair in one.top]} for one in found]
         return {"content": rows, "refusal": None}

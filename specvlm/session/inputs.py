@@ -117,7 +117,7 @@ def clip_of(source: Source, video: Any) -> Clip | Processed:
     if options.frames is not None or options.fps is not None:
         how = "clip_from_frames(frames, fps=…) states their rate"
         raise UserError(f"frames=… and fps=… sample from files; frames in memory are used as they are: {how}")
-    return video if isinstance(video, Clip) else clip_from_frames(video)
+    return video if isinstance(video, Clip | Processed) else clip_from_frames(video)
 
 
 def _sampled(source: Source, path: Path) -> Clip:

@@ -79,6 +79,15 @@ class Orientation:
         return cls(True, b < 0, c < 0) if crossed > straight else cls(False, d < 0, a < 0)
 
 
+def container_of(path: Path) -> Any:
+    """Open a file as a container of PyAV, which may not open other files or URLs."""
+    import av
+
+    may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
+    # An absolute path, since FFmpeg would take 12:30.mp4 for a URL.
+    return av.open(os.path.abspath(path), metadata_errors="replace", options=may)
+
+
 @contextmanager
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
     """Context manager that opens a file, and gives its container and the video stream that the ffmpeg tool would use.
@@ -95,9 +104,7 @@ def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, 
     import av
 
     try:
-        # Use an absolute path, since FFmpeg would take 12:30.mp4 for a URL. Do not let it open other files or URLs.
-        may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
-        with av.open(os.path.abspath(path), metadata_errors="replace", options=may) as container:
+        with container_of(path) as container:
             stream = _shown(container, path)
             together = threads > 1 and stream.codec_context.name in FRAME_THREADS
             stream.codec_context.thread_count = threads if together else 1
