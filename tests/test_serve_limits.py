@@ -11,8 +11,10 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
+from threading import Event
 
 import pytest
 from serving import PATH, Live, Process, body, data_url, live, served, until
@@ -126,14 +128,18 @@ def test_many_bodies_together_are_bounded():
 
 
 def test_a_full_queue_says_when_to_come_again_and_a_request_that_does_not_start_in_time_too():
-    with served("running=1", "queue=1", "queue_timeout=4") as one, ThreadPoolExecutor() as pool:
+    go = Event()
+    with served("running=1", "queue=1", "queue_timeout=1") as one, ThreadPoolExecutor() as pool:
         first = pool.submit(one.ask, **LONG)
+        assert until(lambda: leased(one.session))
+        pool.submit(one.session.scheduler.between, partial(go.wait, 60))  # the first request cannot end before the others come
         assert until(lambda: one.chat.admission.running == 1)
         second = pool.submit(one.ask, max_tokens=1)
         assert until(lambda: one.chat.admission.waiting == 1)
         third = one.ask(max_tokens=1)
         assert error_of(third, 429)["type"] == "rate_limit_error" and int(third.headers["retry-after"]) >= 1
         assert error_of(second.result(), 429)["code"] == "busy"
+        go.set()
         assert first.result().json()["usage"]["completion_tokens"] == 150
         assert until(one.idle) and one.ask(max_tokens=1, video=None).status_code == 200
 
