@@ -25,6 +25,7 @@ from specvlm.results.metrics import acceptance_of, tokens_of
 from specvlm.strategies import Drafter, Pruner, Verifier, registry
 from specvlm.strategies.drafters.dynamic_tree import DynamicTreeDrafter
 from specvlm.strategies.drafters.entropy_tree import EntropyTreeDrafter
+from specvlm.strategies.drafters.overlap import OverlapDrafter
 from specvlm.strategies.drafters.prompt_lookup import PromptLookupDrafter
 from specvlm.strategies.drafters.self_draft import SelfDrafter
 from specvlm.strategies.drafters.sparse import SparseDrafter
@@ -115,6 +116,7 @@ def fitted(family: str) -> TreeDrafter:
 
 DRAFTERS = {
     "tree": [TreeDrafter(), TreeDrafter("4x2"), fitted],
+    "overlap": [OverlapDrafter(), OverlapDrafter("2x2x1", corrections=3, ahead=2)],
     "self": [SelfDrafter("chain:2")],
     "dynamic_tree": [DynamicTreeDrafter(), DynamicTreeDrafter(9, 3, 4)],
     "entropy_tree": [EntropyTreeDrafter()],

@@ -135,8 +135,18 @@ def mask_slip(family, monkeypatch):
 
 def feature_slip(family, monkeypatch):
     """Put a video's features in the wrong order."""
-    real = VideoLM.features
-    monkeypatch.setattr(VideoLM, "features", lambda self, *rest, **named: backwards(real(self, *rest, **named)))
+    changed_features(monkeypatch, backwards)
+
+
+def changed_features(monkeypatch, change):
+    """Let both ways to a video's features change them."""
+    features, encoding = VideoLM.features, VideoLM.encoding
+
+    def changed(self, *rest, **named):
+        return change((yield from encoding(self, *rest, **named)))
+
+    monkeypatch.setattr(VideoLM, "features", lambda self, *rest, **named: change(features(self, *rest, **named)))
+    monkeypatch.setattr(VideoLM, "encoding", changed)
 
 
 def backwards(features):
@@ -180,13 +190,8 @@ def test_a_slip_in_shared_code_is_identical_by_ourselves_and_a_mismatch_by_huggi
 
 @pytest.mark.slow
 def test_an_answer_without_deepstacks_rows_is_a_mismatch(monkeypatch):
-    expected, real = right("qwen3_vl", "float32"), VideoLM.features
-
-    def bare(self, *rest, **named):
-        found = real(self, *rest, **named)
-        return Features(found.rows, torch.zeros_like(found.added))
-
-    monkeypatch.setattr(VideoLM, "features", bare)
+    expected = right("qwen3_vl", "float32")
+    changed_features(monkeypatch, lambda found: Features(found.rows, torch.zeros_like(found.added)))
     alone, output = answers("qwen3_vl", "float32")
     assert output == alone != expected
     found = pristine("qwen3_vl", "float32").check(prompt("qwen3_vl"), output, LIMIT)

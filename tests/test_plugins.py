@@ -97,7 +97,7 @@ def test_built_ins_come_through_the_hook():
     table = registry.collect()
     assert list(table) == ["pruner", "drafter", "verifier", "dataset", "metric", "tracker"]
     assert set(table["pruner"]) == {"none", "uniform", "random", "window", "verifier_attention", "two_stage", "fastv"}
-    grown = {"dynamic_tree", "entropy_tree"}
+    grown = {"dynamic_tree", "entropy_tree", "overlap"}
     assert set(table["drafter"]) == {"tree", "self", "sparse", "prompt_lookup"} | grown
     assert set(table["verifier"]) == {"greedy", "sampling", "coupled", "loose"}
     assert set(table["metric"]) == {"accuracy", "exact_match", "rouge_l"}

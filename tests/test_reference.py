@@ -113,8 +113,13 @@ def mask_that_misses_the_slot_before(monkeypatch):
 
 
 def features_in_another_order(monkeypatch):
-    features = VideoLM.features
+    features, encoding = VideoLM.features, VideoLM.encoding
+
+    def flipped(self, *named, **more):
+        return (yield from encoding(self, *named, **more)).flip(0)
+
     monkeypatch.setattr(VideoLM, "features", lambda self, *named, **more: features(self, *named, **more).flip(0))
+    monkeypatch.setattr(VideoLM, "encoding", flipped)
 
 
 def rows_of_an_image_in_another_order(monkeypatch):
@@ -236,14 +241,14 @@ def text_one_position_late(monkeypatch):
 
 
 def output_that_goes_on_by_slots(monkeypatch):
-    prefill = VideoLM.prefill
+    prefilling = VideoLM.prefilling
 
     def without_offset(self, embeds, positions, cache, *rest, **named):
-        out = prefill(self, embeds, positions, cache, *rest, **named)
+        out = yield from prefilling(self, embeds, positions, cache, *rest, **named)
         cache.offset = 0
         return out
 
-    monkeypatch.setattr(VideoLM, "prefill", without_offset)
+    monkeypatch.setattr(VideoLM, "prefilling", without_offset)
 
 
 @pytest.mark.slow

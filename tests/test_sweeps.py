@@ -360,7 +360,7 @@ def test_a_sweep_that_grew_does_only_what_is_new(decodes):
 @pytest.mark.slow
 def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(monkeypatch, loads):
     def prepared(*words):
-        cfg = compose([*ASK, "dataset.scenes=1", *words])
+        cfg = compose([*ASK, "dataset.scenes=1", "prefixes=false", *words])
         setup = set_up(cfg, places_of(cfg))
         return setup, read(setup, SyntheticDataset(1).samples()[0])
 
@@ -387,7 +387,7 @@ def test_what_is_held_and_used_again_counts_as_free_and_what_is_not_makes_room(m
 
 
 def test_what_a_baseline_depends_on_is_in_its_key():
-    cfg = compose([*ASK, "dataset.scenes=1"])
+    cfg = compose([*ASK, "dataset.scenes=1", "prefixes=false"])
     setup = set_up(cfg, places_of(cfg))
     request = MODEL_CACHE.plan(setup, read(setup, SyntheticDataset(1).samples()[0]))
     graph = MODEL_CACHE.graph(request)

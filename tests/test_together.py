@@ -155,4 +155,4 @@ def test_joined_passes_are_planned_and_leave_less_room_for_caches(captured, batc
         assert 0.9 * most < plan.parts[JOINED] <= most
     monkeypatch.setattr(together.memory_plan, "free_bytes", lambda device: 10**9)
     room = together.room_beside(request, setup.graph())
-    assert 10**9 - room == plan.parts["activations (estimate)"] + plan.parts.get(JOINED, 0)
+    assert 10**9 - room == plan.parts["activations (estimate)"] + plan.parts.get(JOINED, 0) + plan.parts.get(prepare.KEPT, 0)
