@@ -34,8 +34,8 @@ def model(family: str, seed: int = 0, vocabulary: int = 97, dtype: torch.dtype =
 @cache
 def draft_of(family: str, noise: float = 0.02, seed: int = 1, dtype: torch.dtype = torch.float64) -> VideoLM:
     """Add noise to the target's weights: a draft that is often right, but not always."""
+    torch.manual_seed(seed)
     hf = copy.deepcopy(model(family, dtype=dtype).hf)
-    torch.manual_seed(seed)  # now: the model may have been made just before, with a seed of its own
     for weight in hf.parameters():
         weight.data += noise * torch.randn_like(weight)
     return wrap(hf)
