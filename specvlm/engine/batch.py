@@ -138,13 +138,13 @@ class Batch:
         found = list[tuple[Callable[[Sequence[int]], None], Tensor]]()
         with suppress(Exception):
             passes = [*map(pass_for, checks)]
-            outputs = self._outputs(passes, True)
+            outputs, best_Q = self._outputs(passes, True)
             if all(one.follows for one in checks):  # one argmax, computed with the pass, decides all
                 count = sum(map(len, passes))
-                return [(partial(follow, checks), torch.cat([part[:count] for part in outputs[-2:]]))]
+                return [(partial(follow, checks), torch.cat([best_Q[:count], outputs[-1][:count]]))]
             for one, rows in zip(checks, self.split(passes, outputs), strict=True):
                 with suppress(Exception):
-                    found.append((partial(answer, one, self.lean.vocabulary), decision(one, rows)))
+                    found.append((partial(answer, one), decision(one, rows)))
         return found
 
     def captured(self, key: tuple[Hashable, ...], build: Callable[[str], Program], what: str, kind: Hashable) -> Program | None:
@@ -179,11 +179,11 @@ class Batch:
         Raises:
             Uncaptured: It cannot be captured.
         """
-        outputs = self._outputs(passes, fixed)
+        outputs, _ = self._outputs(passes, fixed)
         return self.split(passes, [part.clone() for part in outputs] if copy else outputs)
 
-    def _outputs(self, passes: Sequence[Pass], fixed: bool) -> list[Tensor]:
-        """Run passes as `run` does. Returns what `split` takes, which the next pass overwrites."""
+    def _outputs(self, passes: Sequence[Pass], fixed: bool) -> tuple[list[Tensor], Tensor]:
+        """Run passes as `run` does. Returns what `split` takes, and the argmax (Q,). The next pass overwrites them."""
         shape = Shape.of(passes)
         key = ("batch", *shape)
         program = self.captured(key, partial(self._build, shape), "passes of several requests run one by one", key)
@@ -200,13 +200,13 @@ class Batch:
             given = torch.cat([*(tokens.to(self.device) for tokens in tokens_Q), *self._zeros(extra)])
         where = addresses([one.cache for one in passes], self.anchor, shape.requests)
         both = (self._numbers([getattr(one, name) for one in passes], spare) for name in ("base", "offset"))
-        outputs = program(given, self._joined([where, *both]), *tables)
+        *outputs, best_Q = program(given, self._joined([where, *both]), *tables)
         self._held[program] = layout
-        return [*outputs, program.inputs[0]]
+        return [*outputs, program.inputs[0]], best_Q
 
     def split(self, passes: Sequence[Pass], outputs: Sequence[Tensor]) -> list[Rows]:
-        """Divide the results of a joined pass among its passes: logits, hidden states, argmax (not passed on), and tokens."""
-        (logits_QV, *hidden, _, tokens_Q), found, end = outputs, list[Rows](), 0
+        """Divide the results of a joined pass among its passes: logits, hidden states and tokens."""
+        (logits_QV, *hidden, tokens_Q), found, end = outputs, list[Rows](), 0
         for one in passes:
             start, end = end, end + len(one)
             rows, mine = _rows([part[start:end] for part in hidden]), slice(start, end)

@@ -53,14 +53,18 @@ def decision(check: Check, rows: Any) -> Tensor:
     return torch.cat([decision_2, tree.tokens])
 
 
-def answer(check: Check, vocabulary: int, numbers: Sequence[int]) -> None:
-    """Set the answer of a check from `decision`, read on the host. vocabulary: Number of tokens that the model knows."""
-    request, tree, (last, bonus, *tokens) = check.request, check.tree, numbers
+def answer(check: Check, numbers: Sequence[int]) -> None:
+    """Set the answer of a check from `decision`, read on the host."""
+    last, bonus, *tokens = numbers
     with suppress(Exception):
-        with inside(request.verifier):
-            verdict = request.verifier.verdict(last, bonus, tree)
-            verdict = checked_verdict(request.verifier, verdict, tree, vocabulary)
-        _accept(check, verdict, tokens)
+        _accept(check, verdict_of(check, last, bonus), tokens)
+
+
+def verdict_of(check: Check, last: int, bonus: int) -> Verdict:
+    """Make the verdict of the two integers of `Verifier.decide`. Raises what the verifier does, or StrategyError."""
+    verifier, tree = check.request.verifier, check.tree
+    with inside(verifier):
+        return checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, check.model.vocabulary)
 
 
 def follow(checks: Sequence[Check], numbers: Sequence[int]) -> None:

@@ -128,7 +128,7 @@ def _side_by_side(
         tokens_Q, base_B, offset_B = map(torch.cat, parts)
         numbers = where, base_B, offset_B, *layout.tensors()
         outputs = pass_of_many(batch.lean, batch.anchor, batch.kv_heads, longest, tokens_Q, *numbers)
-        return batch.split(passes, (*outputs, tokens_Q[:0], tokens_Q))
+        return batch.split(passes, (*outputs, tokens_Q))
 
     found = side_by_side(works, run)
     return tuple(torch.stack(each) for each in zip(*found, strict=True))

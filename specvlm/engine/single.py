@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
+from specvlm.engine.decisions import verdict_of
 from specvlm.engine.lean import LeanText
 from specvlm.engine.program import Program
 from specvlm.engine.steps import Check
 from specvlm.models.kv_cache import KVCache
-from specvlm.strategies.fence import checked_verdict, inside
+from specvlm.strategies.fence import inside
 from specvlm.types import DraftTree, Verdict
 
 
@@ -81,11 +82,9 @@ def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
 
 def decide(check: Check, numbers: list[int]) -> tuple[Verdict, list[int]]:
     """Return the answer of a check from what `start` found, and cut the cache to the accepted path."""
-    request, tree, verifier = check.request, check.tree, check.request.verifier
     last, bonus, *tokens = numbers
-    with inside(verifier):
-        verdict = checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, request.target.vocabulary)
-    request.cache.length += len(verdict.path)
+    verdict = verdict_of(check, last, bonus)
+    check.request.cache.length += len(verdict.path)
     return verdict, [*(tokens[node] for node in verdict.path[1:]), bonus]
 
 
