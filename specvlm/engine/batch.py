@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,7 +39,7 @@ from specvlm.engine.contexts import (
 )
 from specvlm.engine.decisions import answer, decision, follow, pass_for
 from specvlm.engine.lean import JOINED, LeanText, Places
-from specvlm.engine.program import Program
+from specvlm.engine.program import Keeper, Program
 from specvlm.engine.steps import Check, Scored, grouped
 from specvlm.errors import line
 from specvlm.models.memory_plan import ran_out
@@ -81,18 +81,6 @@ def bytes_for(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
         * torch.float32.itemsize
     )
     return JOINED * (parts + 5 * model.vocabulary * dtype.itemsize)
-
-
-class Keeper(Protocol):
-    """What a batch needs of its engine, which makes programs and keeps them."""
-
-    backend: str
-
-    def program(self, key: tuple[Hashable, ...], owner: LeanText, build: Callable[[str], Program]) -> Program: ...
-
-    def capture(
-        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
-    ) -> Program: ...
 
 
 class Batch:

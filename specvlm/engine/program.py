@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from specvlm.engine.recorded import Recorded
 from specvlm.models.partition import current
+
+if TYPE_CHECKING:
+    from specvlm.engine.lean import LeanText
+    from specvlm.models.kv_cache import KVCache
 
 
 class CapturePool:
@@ -116,6 +121,19 @@ class Program:
         copied.synchronize()
         staged.numpy()[:] = value
         return staged
+
+
+class Keeper(Protocol):
+    """What steps need of their engine, which makes programs and keeps them (see `GraphsEngine`)."""
+
+    backend: str
+    capture_s: float
+
+    def program(self, key: tuple[Hashable, ...], owner: KVCache | LeanText, build: Callable[[str], Program]) -> Program: ...
+
+    def capture(
+        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
+    ) -> Program: ...
 
 
 def untested(device: torch.device) -> str:

@@ -5,9 +5,7 @@ Shape suffixes: M tree nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,23 +13,11 @@ from torch import Tensor
 from specvlm.engine.checking import Paths, check_of, move_of, pass_of, shape_of
 from specvlm.engine.decisions import verdict_of
 from specvlm.engine.lean import LeanText
-from specvlm.engine.program import Program
+from specvlm.engine.program import Keeper, Program
 from specvlm.engine.steps import Check
 from specvlm.models.kv_cache import KVCache
 from specvlm.strategies.fence import inside
 from specvlm.types import DraftTree, Verdict
-
-
-class Keeper(Protocol):
-    """What a check needs of its engine, which makes programs and keeps them."""
-
-    capture_s: float
-
-    def program(self, key: tuple[Hashable, ...], owner: KVCache, build: Callable[[str], Program]) -> Program: ...
-
-    def capture(
-        self, fn: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], backend: str, tables: object = None
-    ) -> Program: ...
 
 
 def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
