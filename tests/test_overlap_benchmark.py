@@ -80,6 +80,14 @@ def test_a_hidden_round_takes_the_longer_of_check_and_draft():
     assert costs.outcome_ms(5, first=1) == 1.0 + 20.0 + 4.0  # one level is left
     assert costs.outcome_ms(5, first=None) == 1.0 + 20.0 + 5 * 4.0
     assert costs.round_ms(3, hits=0.5, full=0.2) == 0.5 * 19.0 + 0.5 * (19.0 + 3 * 4.0)
+    assert (costs.floor_ms(4, full=0.2), costs.floor_ms(5, full=0.2)) == (18.0, 5.2 * 4.0)
+
+
+def test_passes_ahead_take_longer_as_a_check_of_many_rows_does():
+    costs = Overlapped(draft_pass=4.0, check=22.0, alone=20.0)
+    assert costs.pass_ahead == 4.0 * 1.1 and costs.outcome_ms(5, first=0) == 5 * 4.0 * 1.1
+    assert costs.outcome_ms(5, first=None) == 5 * 4.0 * 1.1 + 5 * 4.0  # those of the tree are not wide
+    assert Overlapped(4.0, check=19.0, alone=20.0).pass_ahead == 4.0  # a check measured faster than a token is noise
 
 
 def test_hits_are_replayed_from_measured_ranks():
@@ -95,8 +103,8 @@ def test_a_hidden_draft_is_predicted_for_trees_alone():
         Candidate("tree", "chain:3", 0.9, 2.0, "measured", 12.0, 18.0, 1.0),
         Candidate("self", "chain:3", 0.9, 3.0, "measured", 54.0, 18.0, 1.0),
     ]
-    (one,) = overlapped(found, {("tree", 0.9): Replay((0, 0, 0, 0) * 4)})
+    (one,) = overlapped(found, {("tree", 0.9): Replay((0, 0, 0, 0) * 4)}, alone_ms=18.0)
     assert (one.drafter, one.round_ms, one.accepted) == ("overlap", 18.0, 2.0)
     assert one.words == ["drafter=overlap", "drafter.shape=chain:3", "ratio=0.9"]
-    (guessed,) = overlapped(found, {("tree", 0.5): Chances((0.8,))})
+    (guessed,) = overlapped(found, {("tree", 0.5): Chances((0.8,))}, alone_ms=18.0)
     assert 18.0 < guessed.round_ms < 30.0

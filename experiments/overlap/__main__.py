@@ -203,15 +203,15 @@ class Run:
             more = {"corrections": self.options.corrections, "ahead": self.options.ahead}
             figures = self.rounds(bench, GivenOverlapDrafter(tree, given=given, **more))
             base, levels = without[mean], TreeDrafter(tree).fixed.depth
-            costs = Overlapped(base["draft_ms"] / levels, base["check_ms"], base["ms"] - base["draft_ms"] - base["check_ms"])
+            host = base["ms"] - base["draft_ms"] - base["check_ms"]
+            costs = Overlapped(base["draft_ms"] / levels, base["check_ms"], alone["ms_per_token"], host)
             full = sum(a == levels for a, _ in outcomes) / len(outcomes)
             predicted = costs.round_ms(levels, sum(hit for _, hit in outcomes) / len(outcomes), full)
-            floor = max((levels + 1) * costs.draft_pass, costs.check)
             self.add(
                 "with",
                 **tags,
                 **figures,
-                floor_ms=floor,
+                floor_ms=costs.floor_ms(levels, full),
                 predicted_ms=predicted,
                 predicted_error=predicted / figures["mean_ms"] - 1,
                 against_ours=self.against(alone, figures),

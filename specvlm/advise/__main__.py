@@ -171,7 +171,7 @@ def measure(
         }
         found = candidates(seen.costs, known, trees)
         if graph.engine.captures and graph.draft is not None and graph.draft.device not in job.places.target:
-            found += overlapped(found, known)
+            found += overlapped(found, known, seen.costs.alone_ms)
         for drafter in others:
             found.append(measured_candidate(graph, job, drafter, limit, seen.costs.alone_first_s))
             advance()

@@ -21,12 +21,20 @@ class Overlapped:
     Attributes:
         draft_pass: Milliseconds of a draft pass.
         check: Milliseconds of a check.
+        alone: Milliseconds of a target's pass of one row. A pass ahead has about as many rows as a check, so it takes
+            longer than a pass of the tree in the same proportion. 0: it takes no longer.
         host: Milliseconds of a round that are neither.
     """
 
     draft_pass: float
     check: float
+    alone: float = 0.0
     host: float = 0.0
+
+    @property
+    def pass_ahead(self) -> float:
+        """Milliseconds of a draft pass during the check."""
+        return self.draft_pass * (max(1.0, self.check / self.alone) if self.alone else 1.0)
 
     def outcome_ms(self, levels: int, first: int | None) -> float:
         """Predict a round whose tree's outcome came true or not.
@@ -36,9 +44,13 @@ class Overlapped:
             first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not guessed.
         """
         # A pass that runs when the verdict arrives is waited for; all of them are levels + 1.
-        passes = min(levels + 1, max(1, ceil(self.check / self.draft_pass)))
+        passes = min(levels + 1, max(1, ceil(self.check / self.pass_ahead)))
         ready = 0 if first is None else min(levels, max(0, passes - first))
-        return self.host + max(self.check, passes * self.draft_pass) + (levels - ready) * self.draft_pass
+        return self.host + max(self.check, passes * self.pass_ahead) + (levels - ready) * self.draft_pass
+
+    def floor_ms(self, levels: int, full: float) -> float:
+        """Return the least time of a round whose outcome is always guessed: the longer of its check and its draft passes."""
+        return max((levels + full) * self.draft_pass, self.check)
 
     def round_ms(self, levels: int, hits: float, full: float) -> float:
         """Predict the mean round.
@@ -70,8 +82,14 @@ def outcomes(ranks: Sequence[int], shape: TreeShape, corrections: int = CORRECTI
     return (hits / rounds, full / rounds) if rounds else (0.0, 0.0)
 
 
-def overlapped(found: Sequence[Candidate], known: Known) -> list[Candidate]:
-    """Predict `overlap` with the shapes of `tree` among the candidates, for a draft on a device of its own."""
+def overlapped(found: Sequence[Candidate], known: Known, alone_ms: float) -> list[Candidate]:
+    """Predict `overlap` with the shapes of `tree` among the candidates, for a draft on a device of its own.
+
+    Args:
+        found: Candidates.
+        known: What is known of their acceptance.
+        alone_ms: Milliseconds of a target's pass of one row.
+    """
     more = []
     for one in found:
         if one.drafter != "tree" or one.ratio is None:
@@ -81,6 +99,6 @@ def overlapped(found: Sequence[Candidate], known: Known) -> list[Candidate]:
         share = min(1.0, one.accepted / shape.depth) ** shape.depth
         hits, full = outcomes(guess.ranks, shape) if isinstance(guess, Replay) else (GUESSED, share)
         levels = len(shape.levels)
-        ms = Overlapped(one.draft_ms / levels, one.check_ms).round_ms(levels, hits, full)
+        ms = Overlapped(one.draft_ms / levels, one.check_ms, alone_ms).round_ms(levels, hits, full)
         more.append(replace(one, drafter="overlap", draft_ms=ms - one.check_ms))
     return more
