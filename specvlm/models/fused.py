@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -71,8 +72,8 @@ class Forms:
         outside = [module for module in hf.model.modules() if module not in inside]
         with torch.inference_mode():
             angles = _angles(text, axes)
-            for layer in text.layers:
-                self._keep(layer, _tried([*layer.modules()], angles, ops))
+            for part in (*text.layers, text.norm):
+                self._keep(part, _tried([*part.modules()], angles, ops))
             self._keep(hf.model, _tried(outside, angles, ops))
 
     def _keep(self, module: nn.Module, forwards: Sequence[tuple[nn.Module, Forward]]) -> None:
@@ -80,9 +81,9 @@ class Forms:
             self._parts[module] = Fused(forwards)
 
     def of(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Return a context manager for a call of a decoder layer, or of anything outside of the language model.
+        """Return a context manager for a call of a decoder layer or the last norm, or of what is not in the language model.
 
-        module: The layer; `hf.model` for anything outside.
+        module: The layer or norm; `hf.model` for the rest.
         """
         return self._parts.get(module) or nullcontext()
 
@@ -126,14 +127,14 @@ def _tried(modules: Sequence[nn.Module], angles: Sequence[Tensor], ops: Any) -> 
 
 def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused) -> bool:
     """Whether a module's fused form, with those of its parts, computes what the module does."""
-    like = next(module.parameters())
-    rows = _random(ROWS, form.width).to(like.device, like.dtype)
+    device = next(chain(module.parameters(), module.buffers())).device  # quantised layers have no parameters
+    rows = _random(ROWS, form.width).to(device, angles[0].dtype)
     given: dict[str, Any] = {}
     if form.place == "text":
-        rows, given = rows[None], {"position_embeddings": tuple(angle.to(like.device) for angle in angles)}
+        rows, given = rows[None], {"position_embeddings": tuple(angle.to(device) for angle in angles)}
         given |= {"attention_mask": None, "past_key_values": None}
     elif form.place == "vision":
-        turns = _random(ROWS, form.head // 2).to(like.device).repeat(1, 2)
+        turns = _random(ROWS, form.head // 2).to(device).repeat(1, 2)
         given = {"cu_seqlens": torch.tensor([0, ROWS], dtype=torch.int32), "position_embeddings": (turns.cos(), turns.sin())}
     try:
         want = first(module(rows, **given))

@@ -113,7 +113,8 @@ def layer_by_layer(
             if added_QLD is not None and number <= added_QLD.shape[1]:
                 hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
             yield Pause(stage.device)
-    return text.norm(hidden)
+    with forms.of(text.norm):
+        return text.norm(hidden)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
