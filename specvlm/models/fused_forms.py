@@ -75,7 +75,7 @@ def _gated(module: Any, ops: Any) -> Form:
 def _text_attention(module: Any, ops: Any) -> Form:
     norms = [norm for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
     eps = norms[0].variance_epsilon if norms and all(map(is_norm, norms)) else 0.0
-    own, width = module.forward, module.head_dim
+    width = module.head_dim
 
     def forward(
         hidden_states: Tensor,
@@ -86,9 +86,8 @@ def _text_attention(module: Any, ops: Any) -> Form:
         **more: Any,
     ) -> tuple[Tensor, None]:
         cos_BQD, sin_BQD = position_embeddings
-        if len(hidden_states) > 1 or cos_BQD.shape[-1] != width or cos_BQD.dtype != hidden_states.dtype:
-            more |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
-            return own(hidden_states=hidden_states, position_embeddings=position_embeddings, **more)
+        if cos_BQD.shape != (1, hidden_states.shape[1], width) or cos_BQD.dtype != hidden_states.dtype:
+            raise ValueError("rotates a part of its heads, or in another dtype")  # in the trial already
         projections = module.q_proj, module.k_proj, module.v_proj
         query, key, value = (project(hidden_states).unflatten(-1, (-1, width)) for project in projections)
         ops.turn(query[0], key[0], cos_BQD[0], sin_BQD[0], True, tuple(norm.weight for norm in norms), eps)
