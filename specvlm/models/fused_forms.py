@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from specvlm.models.attention import NAME, VISION, attend
 from specvlm.models.vision_attention import attend_windows
@@ -47,7 +48,7 @@ def form_of(module: Any, ops: Any) -> Form | None:
         return _text_attention(module, ops)
     if _has(module, "qkv", "proj", "num_heads", "scaling") and _runs(module, VISION):
         return _vision_attention(module, ops)
-    return _block(module, ops)
+    return _patches(module) or _block(module, ops)
 
 
 def is_norm(module: Any) -> bool:
@@ -116,6 +117,19 @@ def _vision_attention(module: Any, ops: Any) -> Form:
         return module.proj(read.reshape(len(hidden_states), -1))
 
     return Form(forward, module.qkv.in_features, "vision", width)
+
+
+def _patches(module: Any) -> Form | None:
+    """Make the form of a tower's first layer: each patch is a row already, so its convolution is a matrix product."""
+    conv = getattr(module, "proj", None)
+    if type(conv) is not nn.Conv3d or (conv.kernel_size, conv.padding, conv.groups) != (conv.stride, (0, 0, 0), 1):
+        return None
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        rows_QD = hidden_states.to(conv.weight.dtype).reshape(-1, conv.weight[0].numel())
+        return linear(rows_QD, conv.weight.flatten(1), conv.bias)
+
+    return Form(forward, conv.weight[0].numel())
 
 
 def _block(module: Any, ops: Any) -> Form | None:
