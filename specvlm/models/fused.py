@@ -29,7 +29,7 @@ from specvlm.models.layer_kinds import language_model
 from specvlm.models.padding import pays
 
 ROWS = 9  # of a trial
-NEAR = 2**-8  # most relative difference in norm between the two forms of a module: one step of bfloat16
+NEAR = 2**-7  # most relative difference in norm between the two forms of a module: a step of bfloat16
 
 
 class Fused(AbstractContextManager[None]):
