@@ -99,6 +99,27 @@ def send(kind: str, rows: int) -> None:
     kernels.rope_many(torch.empty(2, rows, 40 * 128), (), turns, turns, contexts_of(rows, 4), 1, 32, (norm, norm), 1e-6)
 
 
+def fuse(dtype: torch.dtype) -> None:
+    """Run the operations between the products of towers and prefills, at the sizes of the 32B, its tower and Qwen3-VL-32B."""
+    from specvlm.models import fused_kernels
+
+    for width in (8192, 5120, 1280, 128):
+        x = torch.empty(64, width, dtype=dtype)
+        fused_kernels.norm(x, x[0], 1e-6)
+        fused_kernels.add_norm(x, x, x[0], 1e-6)
+        fused_kernels.gate(x, x)
+    for heads, kv_heads, width, rounded, normed in ((40, 8, 128, True, 0), (64, 8, 128, True, 2), (16, 16, 80, False, 0)):
+        q, k = (torch.empty(64, count, width, dtype=dtype) for count in (heads, kv_heads))
+        turns = torch.empty(64, width, dtype=dtype if rounded else torch.float32)
+        fused_kernels.turn(q, k, turns, turns, rounded, [q[0, 0]] * normed, 1e-6)
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_forms_fit_the_gpu(capability, dtype, monkeypatch):
+    check(capability, lambda: fuse(dtype), monkeypatch)
+
+
 @pytest.mark.parametrize("capability", LIMITS)
 @pytest.mark.parametrize(("kind", "rows"), [("full", 1), ("full", 26), ("full", 64), ("int8", 26), ("int4", 26), ("fp8", 26)])
 def test_experts_fit_the_gpu(capability, kind, rows, monkeypatch):

@@ -48,7 +48,8 @@ def _run_together(model: VideoLM, passes: Sequence[Pass]) -> list[Rows]:
     positions_R = torch.cat([_positions(one, start, device) for one, start in zip(passes, joined.starts, strict=True)])
     position_ids = positions_R[None] if model.axes == 1 else positions_R.expand(model.axes, 1, -1)
     rows_1RD = model.embed_tokens(tokens_R)[None]
-    hidden_RD = through(model.stages, model.text, rows_1RD, position_ids, joined, None, {"parts": joined.parts})[0]
+    given = rows_1RD, position_ids, joined, None, {"parts": joined.parts}
+    hidden_RD = through(model.stages, model.text, *given, forms=model.forms)[0]
     for one, start in zip(passes, joined.starts, strict=True):
         one.cache.length = start + len(one)
     return [Rows(hidden_RD[rows], model.head) for rows in joined.rows]

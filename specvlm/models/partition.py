@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specvlm.errors import UserError
+from specvlm.models.fused import HUGGING_FACE, Forms
 from specvlm.models.layer_kinds import language_model, name_of_text
 from specvlm.models.pauses import Pause, Pauses, finished
 from specvlm.models.vision_probe import HiddenStateProbe
@@ -69,6 +70,7 @@ def layer_by_layer(
     extra: dict[str, Any],
     states: HiddenStateProbe | None = None,
     added_QLD: Tensor | None = None,
+    forms: Forms = HUGGING_FACE,
 ) -> Pauses[Tensor]:
     """Run a language model's layers as its own forward does, moving rows between devices. Returns the hidden states.
 
@@ -87,6 +89,7 @@ def layer_by_layer(
         extra: Other arguments of each layer.
         states: Receives the embeddings and every layer's output, for B = 1.
         added_QLD: Rows that are added to the outputs of the first L layers (DeepStack), for B = 1.
+        forms: The forms in which layers run.
     """
     angles = text.rotary_emb(hidden, position_ids)
     if states is not None:
@@ -95,21 +98,23 @@ def layer_by_layer(
         hidden, mask, *angles = cross(stage.device, hidden, mask, *angles)
         # `islice`, since a slice of a ModuleList builds a module, which takes longer than a small layer's own overhead.
         for number, layer in enumerate(islice(text.layers, stage.start, stage.end), start=stage.start + 1):
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=tuple(angles),
-                position_ids=None,
-                past_key_values=cache,
-                use_cache=True,
-                **extra,
-            )
+            with forms.of(layer):
+                hidden = layer(
+                    hidden,
+                    attention_mask=mask,
+                    position_embeddings=tuple(angles),
+                    position_ids=None,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **extra,
+                )
             if states is not None:  # before anything is added, as in Hugging Face's hidden states
                 states.observe(number, hidden[0])
             if added_QLD is not None and number <= added_QLD.shape[1]:
                 hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
             yield Pause(stage.device)
-    return text.norm(hidden)
+    with forms.of(text.norm):
+        return text.norm(hidden)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specvlm.models.attention import AttentionCollector, StopForward
 from specvlm.models.family import Family
+from specvlm.models.fused import Forms
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.partition import Stage, layer_by_layer
 from specvlm.models.pauses import Pauses, finished
@@ -31,12 +32,14 @@ class TextPasses(Family):
         text: The language model.
         stages: Layers on each device.
         ranks: Processes that share every layer.
+        forms: The forms in which modules run.
         vocabulary: Number of token ids.
     """
 
     text: Any
     stages: tuple[Stage, ...]
     ranks: ProcessGroup
+    forms: Forms
     vocabulary: int
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
@@ -76,8 +79,8 @@ class TextPasses(Family):
         extra = {} if collector is None else {"collector": collector}
         added_QLD = embeds_QD.added if isinstance(embeds_QD, Features) else None
         rows_1QD = entering(embeds_QD)[None]
-        passing = layer_by_layer(self.stages, self.text, rows_1QD, position_ids, cache, mask, extra, states, added_QLD)
-        hidden_1QD = yield from passing
+        given = (rows_1QD, position_ids, cache, mask, extra, states, added_QLD, self.forms)
+        hidden_1QD = yield from layer_by_layer(self.stages, self.text, *given)
         cache.advance(len(embeds_QD))
         return hidden_1QD[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specvlm.models.chat import PLAIN, Message, Part, bare, chat_ids, checked, prompt_ids
 from specvlm.models.checkpoint import method_of
+from specvlm.models.fused import HUGGING_FACE, forms_of
 from specvlm.models.generation import not_applied, penalty_of, stop_ids
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.layer_kinds import language_model
@@ -68,6 +69,8 @@ class VideoLM(TextPasses):
         self.repetition_penalty = penalty_of(hf.generation_config)
         self.ignored_settings = tuple(not_applied(hf.generation_config))
         self.stop_ids = stop_ids(hf.generation_config)
+        # With several ranks, modules keep Hugging Face's form: a rank alone must not decide for another.
+        self.forms = forms_of(hf, self.axes, self.dtype, self.device) if ranks.size == 1 else HUGGING_FACE
         self.left_full = ""  # describes weights that `quantize_text` left unquantised, if any
         self.quantised = method_of(hf.config)  # quantisation method of the checkpoint's own files
 
@@ -228,7 +231,8 @@ class VideoLM(TextPasses):
                 inside = keep.index[(keep.index >= start) & (keep.index < start + grid.cells)] - start
                 frames = (inside // grid.per_frame).unique().cpu()
             frames = None if frames is None or len(frames) == grid.frames else frames
-            parts.append(self.encode_video(grid, video, frames, sight))
+            with self.forms.of(self.hf.model):
+                parts.append(self.encode_video(grid, video, frames, sight))
             start += len(grid)
         return joined(parts)
 
@@ -242,7 +246,8 @@ class VideoLM(TextPasses):
         pieces = (None,) if sight is not None or grid.frames <= at_once else torch.arange(grid.frames).split(at_once)
         found: Any = None
         for frames in pieces:
-            some: Any = self.encode_video(grid, video, frames, sight)
+            with self.forms.of(self.hf.model):
+                some: Any = self.encode_video(grid, video, frames, sight)
             if found is None or frames is None:
                 found = some
             else:
@@ -262,7 +267,8 @@ class VideoLM(TextPasses):
         """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
         embeds_SD: Any = self.embed_text(prompt.tokens)
         if prompt.images:
-            images_ND = joined([self.encode_image(image) for image in prompt.images])
+            with self.forms.of(self.hf.model):
+                images_ND = joined([self.encode_image(image) for image in prompt.images])
             embeds_SD[prompt.image_index.to(self.device)] = images_ND.to(self.dtype)
         index = prompt.video_index.to(self.device)
         if keep is None:
