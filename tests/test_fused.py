@@ -208,6 +208,16 @@ def test_other_activations_more_parts_and_other_peoples_forwards_stay():
     assert vars(hooked)["forward"] is own
 
 
+def test_a_model_whose_rotary_positions_cannot_be_computed_alone_stays_as_it_is(monkeypatch):
+    lm = tiny.wrapped(copy.deepcopy(tiny.model("qwen2_5_vl").hf))
+
+    def split(*_):
+        raise RuntimeError("sections that do not sum to the width of a head")
+
+    monkeypatch.setattr(lm.text.rotary_emb, "forward", split)
+    assert not Forms(lm.hf, lm.axes, plain_forms).counts
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @torch.inference_mode()
 def test_quantised_layers_have_forms_too(kind):

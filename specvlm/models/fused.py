@@ -71,7 +71,10 @@ class Forms:
         inside = {*text.modules()}
         outside = [module for module in hf.model.modules() if module not in inside]
         with torch.inference_mode():
-            angles = _angles(text, axes)
+            try:
+                angles = _angles(text, axes)
+            except Exception:  # sections of rotary positions that are not those of its heads: no layer of it can be tried
+                return
             for part in (*text.layers, text.norm):
                 self._keep(part, _tried([*part.modules()], angles, ops))
             self._keep(hf.model, _tried(outside, angles, ops))
