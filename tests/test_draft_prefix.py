@@ -62,11 +62,18 @@ def test_only_frames_that_were_not_seen_are_encoded(family, videos, free, monkey
             grid.frames if frames is None else len(frames)
         ) or encode(lm, pixels, grid, patches, frames, of),
     )  # fmt: skip
+    longer = sum(grid.frames for grid in prompt.grids) - 4 * videos  # its last frame goes with the first one
     asked = [(0, 2), (2,), (0, 1, 2), (3,), (0, 1, 2, 3)]
-    wanted = [2, 0, 1, 1, 0] if free else [2, 1, 3, 1, 4]
-    if videos == 2:
-        asked = [(*frames, *(frame + 4 for frame in frames)) for frames in asked]
-        wanted = [2 * count for count in wanted]
+    wanted = [2, 0, 2, 0, 0] if free else [2, 1, 3, 1, 4]  # of three frames in four, all
+    wanted = [
+        count * videos + longer * (0 in frames and (not free or at == 0))
+        for at, (frames, count) in enumerate(zip(asked, wanted, strict=True))
+    ]
+    for number in range(1, videos):
+        asked = [
+            (*frames, *(frame + 4 * number for frame in frames if frame < 4), *[8] * (longer and 0 in frames))
+            for frames in asked
+        ]
     for frames, count in zip(asked, wanted, strict=True):
         keep = KeepSet(torch.tensor(tokens_in(prompt, *frames)), total)
         encoded.clear()
@@ -89,6 +96,14 @@ def test_frames_of_kept_tokens(family):
         assert int(there.sum()) == len(chosen) * prompt.grids[0].per_frame
     merging = KeepSet(torch.tensor([1]), total, torch.eye(total)[:1].to_sparse())
     assert bool(frames_of(prompt, merging).all())
+
+
+def test_a_prompt_without_a_video_has_no_frames():
+    prompt = tiny.prompt("qwen2_5_vl", videos=0)
+    lm, store = tiny.draft_of("qwen2_5_vl"), PrefixStore(2**30)
+    filling = ReusedDraftPrefill(store, store.keys(lm, prompt, Engine()), Engine(), UniformPruner(), True)
+    for _ in range(2):
+        assert len(filling.features(lm, prompt, KeepSet.everything(0))) == 0
 
 
 @pytest.mark.parametrize("engine", [Engine, lambda: GraphsEngine("direct")], ids=["eager", "graphs"])

@@ -19,6 +19,7 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import VIDEO_SIGNALS, DraftPrefill, Pruner
 from specvlm.types import Features, KeepSet, VideoPrompt
 
+ALL = 0.75  # once a request needs this share of the frames, all are encoded: other questions keep tokens in others
 STEPS = 256  # most rows of text that run as steps do, rather than by the modules of Hugging Face
 
 
@@ -44,22 +45,28 @@ class ReusedDraftPrefill(DraftPrefill):
         wanted_F = frames_of(prompt, keep)
         apart = [] if self._free else [sha256(wanted_F.numpy().tobytes()).hexdigest()]
         key = self._key("draft features", model, [*self._keys.videos, *apart])
-        if (kept := self._store.other(key)) is None:
-            found, seen_F = model.features(prompt, keep), wanted_F
+        found, seen_F = self._known(key, torch.zeros_like(wanted_F))
+        if found is not None and not bool((wanted_F & ~seen_F).any()):
+            return found
+        if self._free and self._store.keeps and float((wanted_F | seen_F).float().mean()) >= ALL:
+            wanted_F = torch.ones_like(wanted_F)
+        first_K, new_N = frames_alone(prompt, wanted_F & ~seen_F)
+        new = model.features(prompt, KeepSet(first_K, keep.total))
+        if found is None:
+            found = new
         else:
-            *parts, seen_F = kept
-            found = parts[0].clone() if len(parts) == 1 else Features(*(part.clone() for part in parts))
-            new_F = wanted_F & ~seen_F
-            if not bool(new_F.any()):
-                return found
-            first_K, new_N = frames_alone(prompt, new_F)
             new_N = new_N.to(found.device)
-            found[new_N] = model.features(prompt, KeepSet(first_K, keep.total))[new_N]  # type: ignore[assignment]
-            seen_F = seen_F | new_F
-        parts = [found.rows, found.added] if isinstance(found, Features) else [found]
-        size = sum(part.nbytes for part in (*parts, seen_F))
-        self._store.keep_other(key, lambda: [part.clone() for part in (*parts, seen_F)], size)
+            found[new_N] = new[new_N]  # type: ignore[assignment]
+        parts = [*((found.rows, found.added) if isinstance(found, Features) else (found,)), wanted_F | seen_F]
+        self._store.keep_other(key, lambda: [part.clone() for part in parts], sum(part.nbytes for part in parts))
         return found
+
+    def _known(self, key: bytes, none_F: Tensor) -> tuple[Tensor | Features | None, Tensor]:
+        """Return a copy of the features that are kept under a key, and of which frames they are. none_F: if none are."""
+        if (kept := self._store.other(key)) is None:
+            return None, none_F
+        *parts, seen_F = kept
+        return parts[0].clone() if len(parts) == 1 else Features(*(part.clone() for part in parts)), seen_F
 
     def fill(
         self, model: VideoLM, inputs: tuple[Tensor | Features, Tensor], cache: KVCache, prompt: VideoPrompt, keep: KeepSet
@@ -99,9 +106,10 @@ def frames_of(prompt: VideoPrompt, keep: KeepSet) -> Tensor:
 
 def frames_alone(prompt: VideoPrompt, frames_F: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first token of each chosen frame, and (N,) bool: which tokens belong to one. All on the host."""
-    first, there, start = list[Tensor](), list[Tensor](), 0
-    for grid, chosen in zip(prompt.grids, frames_F.split([grid.frames for grid in prompt.grids]), strict=True):
+    first, there, start, before = [prompt.video_index[:0]], [frames_F[:0]], 0, 0
+    for grid in prompt.grids:
+        chosen = frames_F[before : before + grid.frames]
         first.append(start + chosen.nonzero().flatten() * grid.per_frame)
         there += [chosen.repeat_interleave(grid.per_frame), chosen.new_zeros(grid.newline)]
-        start += len(grid)
+        start, before = start + len(grid), before + grid.frames
     return torch.cat(first), torch.cat(there)
