@@ -39,7 +39,7 @@ from specvlm.results import metrics
 from specvlm.strategies import Pruner, registry
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
-from specvlm.types import GenerationOptions, Step, VideoPrompt
+from specvlm.types import GenerationOptions, KeepSet, Step, VideoPrompt
 from specvlm.types.pixels import PixelDigest
 
 OUT = Path(__file__).with_name("results.jsonl")
@@ -62,7 +62,7 @@ class Bench:
         budget: Bytes that are kept of prompts.
         until: Time of the monotonic clock after which nothing is measured again.
         caches: Caches, kept between measurements.
-        warm: Pruners and parts whose graphs are captured.
+        warm: Parts whose graphs are captured: those of requests that run "alone", or "beside" another.
     """
 
     target: VideoLM
@@ -76,16 +76,23 @@ class Bench:
     budget: int
     until: float = float("inf")
     caches: CachePool = field(default_factory=CachePool)
-    warm: set[tuple[str, str]] = field(default_factory=set)
+    warm: set[str] = field(default_factory=set)
 
-    def runs(self, pruner: Pruner, part: str, repeats: int) -> Iterator[tuple[int, bool]]:
+    def reserve(self, limit: int) -> None:
+        """Allocate caches that fit answers of every part, so that what one part captures serves the next."""
+        prompt, nodes = self.prompts(0, 1)[0], TreeDrafter(self.tree).max_nodes
+        kept = len(prompt) - len(prompt.video_index) + KeepSet.budget(len(prompt.video_index), self.ratio)
+        self.caches.reserve("target", self.target, len(prompt) + limit + nodes)
+        self.caches.reserve("draft", self.draft, kept + limit + nodes + 2)
+
+    def runs(self, part: str, repeats: int) -> Iterator[tuple[int, bool]]:
         """Number the runs of a part, and say which count: a first one captures graphs. Ends early if time is up."""
-        cold = (pruner.name, part) not in self.warm
+        cold = part not in self.warm
         for number in range(repeats + cold):
             if number > cold and monotonic() > self.until:
                 return
             yield number, number >= cold
-        self.warm.add((pruner.name, part))
+        self.warm.add(part)
 
     def prompts(self, seed: int, count: int) -> list[VideoPrompt]:
         """Make questions about one video, of equal length, which begin with unlike words."""
@@ -126,10 +133,10 @@ class Bench:
         The times of the stages are the clock's own, by events on a GPU.
         """
         times, same = dict[str, list[float]](), True
-        for number, counts in self.runs(pruner, "question", repeats):
+        for number, counts in self.runs("alone", repeats):
             store = PrefixStore(self.budget)
             prompts = self.prompts(number, 3)  # the second one captures what only a later question needs
-            known = self.known(prompts, 8, reuse=number > 0)
+            known = self.known(prompts, 8, reuse=counts)
             for which, prompt, answer in zip(("first", "warm", "second"), prompts, known, strict=True):
                 steps = self.graph(pruner, 8, answer, store).decode(prompt)
                 found, spent = self._timed(steps, f"{which}_question")
@@ -176,7 +183,7 @@ class Bench:
     def answers(self, pruner: Pruner, limit: int, repeats: int) -> dict[str, Any]:
         """Time three questions about a video from end to end, with and without reuse."""
         totals, same = dict[bool, list[float]](), True
-        for number, counts in self.runs(pruner, "answers", repeats):
+        for number, counts in self.runs("alone", repeats):
             prompts = self.prompts(100 + number, 3)
             known = self.known(prompts, limit, reuse=True)
             for reuse in (False, True):
@@ -194,7 +201,7 @@ class Bench:
     def stall(self, pruner: Pruner, stall_s: float, rounds: int) -> dict[str, Any]:
         """Time the steps of a request while another one is prefilled. What is accepted does not matter."""
         found = dict[str, Any]()
-        for number, _ in self.runs(pruner, "stall", 1):
+        for number, _ in self.runs("beside", 1):
             running, late = (self.prompts(200 + 2 * number + which, 1)[0] for which in (0, 1))
             limit = (TreeDrafter(self.tree).fixed.depth + 1) * (400 + rounds)
             found = self._stalled(pruner, stall_s, rounds, running, late, limit)
@@ -299,6 +306,8 @@ def main(words: Sequence[str]) -> int:
     engine = engine_for("auto", device)
     tokens, budget = args.video_tokens, int(args.budget * GIB)
     bench = Bench(*models, engine, pair, tokens, args.ratio, args.tree, args.chance, budget, until)
+    with torch.inference_mode():
+        bench.reserve(max(map(int, args.answers.split(","))))
     about = {
         "shape": args.shape,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
