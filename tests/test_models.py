@@ -227,7 +227,7 @@ def test_guidance_is_the_same_however_little_of_it_is_held_at_once(block, monkey
     lm, request = tiny.model("qwen2_5_vl"), tiny.prompt("qwen2_5_vl")
     bounded, free = (AttentionCollector(request.video_index, rows=True, last_row=True) for _ in range(2))
     filled(lm, request, free)
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr("specvlm.models.attention_sums.BLOCK", block)
     filled(lm, request, bounded)
     terms = additions(lm.hf, len(request))
     assert_same_sums(bounded.per_layer(), free.per_layer(), terms)

@@ -99,7 +99,7 @@ def test_every_way_to_go_on_from_a_known_prompt_gives_what_it_gives_alone(family
         "an edited turn": (asking(chat, 60, 61, behind=4), cut + 4),
         "another video": (tiny.prompt(family, seed=1), 0),
     }
-    reads = graph.pruner.needs and engine == "eager"  # then all text behind the video is run again
+    reads = graph.pruner.needs  # then all text behind the video is run again
     for way, (request, known) in ways.items():
         steps = list(graph.decode(request))
         assert tokens_of(steps) == without(graph, request), way

@@ -1,7 +1,8 @@
 """Measure what is kept of prompts, with random weights of published shapes and given acceptance, on one GPU.
 
-Parts: the first and the second question about a video; three questions a video with and without reuse; the longest wait
-of a request that decodes while another one is prefilled. Clocks start with the request: the pixels are in host memory.
+Parts: the first and the second question about a video; where the time of the second one goes; three questions a video
+with and without reuse; the longest wait of a request that decodes while another one is prefilled. Clocks start with the
+request: the pixels are in host memory.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import datetime
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
 
-from experiments.batch.drafter import ChanceDrafter
+from experiments.batch.drafter import ChanceDrafter, tables_of
 from experiments.gpu_pair.__main__ import commit_of
 from experiments.gpu_pair.measure import synchronize
 from experiments.gpu_pair.models import wrap_of
 from experiments.gpu_pair.shapes import Pair, build, pair_of, prompt_of
+from experiments.prefix.trace import Trace
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.scheduler import Scheduler, alone
@@ -36,7 +39,8 @@ from specvlm.results import metrics
 from specvlm.strategies import Pruner, registry
 from specvlm.strategies.drafters.tree import TreeDrafter
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
-from specvlm.types import GenerationOptions, VideoPrompt
+from specvlm.types import GenerationOptions, KeepSet, Step, VideoPrompt
+from specvlm.types.pixels import PixelDigest
 
 OUT = Path(__file__).with_name("results.jsonl")
 GIB = 2**30
@@ -56,7 +60,9 @@ class Bench:
         tree: Shape of the draft's trees.
         chance: Chance that a guess is right.
         budget: Bytes that are kept of prompts.
+        until: Time of the monotonic clock after which nothing is measured again.
         caches: Caches, kept between measurements.
+        warm: Parts whose graphs are captured: those of requests that run "alone", or "beside" another.
     """
 
     target: VideoLM
@@ -68,12 +74,31 @@ class Bench:
     tree: str
     chance: float
     budget: int
+    until: float = float("inf")
     caches: CachePool = field(default_factory=CachePool)
+    warm: set[str] = field(default_factory=set)
+
+    def reserve(self, limit: int) -> None:
+        """Allocate caches that fit answers of every part, so that what one part captures serves the next."""
+        prompt, nodes = self.prompts(0, 1)[0], TreeDrafter(self.tree).max_nodes
+        kept = len(prompt) - len(prompt.video_index) + KeepSet.budget(len(prompt.video_index), self.ratio)
+        self.caches.reserve("target", self.target, len(prompt) + limit + nodes)
+        self.caches.reserve("draft", self.draft, kept + limit + nodes + 2)
+
+    def runs(self, part: str, repeats: int) -> Iterator[tuple[int, bool]]:
+        """Number the runs of a part, and say which count: a first one captures graphs. Ends early if time is up."""
+        cold = part not in self.warm
+        for number in range(repeats + cold):
+            if number > cold and monotonic() > self.until:
+                return
+            yield number, number >= cold
+        self.warm.add(part)
 
     def prompts(self, seed: int, count: int) -> list[VideoPrompt]:
         """Make questions about one video, of equal length, which begin with unlike words."""
         first = prompt_of(self.target, self.pair.target, self.tokens, True, seed)
-        found = [first]
+        videos = tuple(video | {"digest": PixelDigest()} for video in first.videos)  # as `VideoLM.processed` does
+        found = [first := replace(first, videos=videos)]
         for number in range(1, count):
             tokens = first.tokens.clone()
             tokens[first.cut : first.cut + 9] = (tokens[first.cut : first.cut + 9] + number) % 90 + 5
@@ -88,40 +113,79 @@ class Bench:
             self.target, self.draft, pruner, drafter, GreedyVerifier(), options, caches=self.caches, engine=self.engine
         )
         graph.prefixes = store
+        for shape in drafter.inner.shapes if known else ():
+            tables_of(shape, tuple(known), graph.vocabulary, self.target.device)  # kept: no part of a request's time
         return graph
 
-    def known(self, prompt: VideoPrompt, limit: int) -> list[int]:
-        """Decode a prompt by the target alone."""
-        work = autoregressive_work(self.target, prompt, limit, GreedyVerifier(), self.caches, self.engine)
-        return metrics.tokens_of(list(alone(self.engine, work)))
+    def known(self, prompts: Sequence[VideoPrompt], limit: int, reuse: bool) -> list[list[int]]:
+        """Decode prompts by the target alone. reuse: Go on behind the video, in a store apart from the measured one."""
+        store, found = PrefixStore(self.budget) if reuse else None, list[list[int]]()
+        for prompt in prompts:
+            work = autoregressive_work(self.target, prompt, limit, GreedyVerifier(), self.caches, self.engine, store)
+            found.append(metrics.tokens_of(list(alone(self.engine, work))))
+        if store is not None:
+            store.empty()
+        return found
 
     def questions(self, pruner: Pruner, repeats: int) -> dict[str, Any]:
-        """Time the first token and the first drafted round of the first and the second question about a video."""
-        times = dict[str, list[float]]()
-        same = True
-        for number in range(repeats + 1):
+        """Time the first token and the first drafted round of the first and the second question about a video.
+
+        The times of the stages are the clock's own, by events on a GPU.
+        """
+        times, same = dict[str, list[float]](), True
+        for number, counts in self.runs("alone", repeats):
             store = PrefixStore(self.budget)
             prompts = self.prompts(number, 3)  # the second one captures what only a later question needs
-            for which, prompt in zip(("first", "warm", "second"), prompts, strict=True):
-                answer = self.known(prompt, 8)
+            known = self.known(prompts, 8, reuse=counts)
+            for which, prompt, answer in zip(("first", "warm", "second"), prompts, known, strict=True):
                 steps = self.graph(pruner, 8, answer, store).decode(prompt)
-                synchronize(self.target.device)
-                start, found = perf_counter(), []
-                for part in ("first_token", "first_round"):
-                    found += next(steps).tokens
-                    synchronize(self.target.device)
-                    times.setdefault(f"{which}_question_{part}_ms", []).append(1000 * (perf_counter() - start))
-                found += metrics.tokens_of(list(steps))
-                same &= found == answer
+                found, spent = self._timed(steps, f"{which}_question")
+                for name, value in spent.items() if counts else ():
+                    times.setdefault(name, []).append(value)
+                same &= found + metrics.tokens_of(list(steps)) == answer
             store.empty()
-        return {name: median(values[1:]) for name, values in times.items()} | {"same_tokens": same}
+        return {name: median(values) for name, values in times.items()} | {"same_tokens": same}
+
+    def _timed(self, steps: Iterator[Step], which: str) -> tuple[list[int], dict[str, float]]:
+        """Time the first token and the first round of a request. Returns their tokens and times."""
+        synchronize(self.target.device)
+        start, found, times = perf_counter(), list[int](), dict[str, float]()
+        for part in ("first_token", "first_round"):
+            step = next(steps)
+            found += step.tokens
+            synchronize(self.target.device)
+            times[f"{which}_{part}_ms"] = 1000 * (perf_counter() - start)
+            times |= {f"{which}_{part}_{stage}_ms": 1000 * seconds for stage, seconds in step.times_s.items()}
+        return found, times
+
+    def parts(self, pruner: Pruner) -> dict[str, Any]:
+        """Time the parts of the second question up to its first drafted round, once all graphs are captured.
+
+        Some parts lie inside others, and timing them takes time itself: the totals are those of `questions`.
+        """
+        store, trace, found = PrefixStore(self.budget), Trace(self.target.device), dict[str, Any]()
+        prompts = self.prompts(50, 4)
+        known = self.known(prompts, 8, reuse=True)
+        for prompt, answer in zip(prompts, known, strict=True):
+            steps = self.graph(pruner, 8, answer, store).decode(prompt)
+            found = {}
+            with trace.on():
+                for part in ("first_token", "first_round"):
+                    captured, start = self.engine.capture_s, perf_counter()
+                    next(steps)
+                    synchronize(self.target.device)
+                    whole = {"ms": 1000 * (perf_counter() - start), "capture_ms": 1000 * (self.engine.capture_s - captured)}
+                    found[part] = whole | trace.take()
+            list(steps)
+        store.empty()
+        return found
 
     def answers(self, pruner: Pruner, limit: int, repeats: int) -> dict[str, Any]:
         """Time three questions about a video from end to end, with and without reuse."""
         totals, same = dict[bool, list[float]](), True
-        for number in range(repeats + 1):
+        for number, counts in self.runs("alone", repeats):
             prompts = self.prompts(100 + number, 3)
-            known = [self.known(prompt, limit) for prompt in prompts]
+            known = self.known(prompts, limit, reuse=True)
             for reuse in (False, True):
                 store = PrefixStore(self.budget) if reuse else None
                 synchronize(self.target.device)
@@ -129,24 +193,25 @@ class Bench:
                 for prompt, answer in zip(prompts, known, strict=True):
                     same &= metrics.tokens_of(list(self.graph(pruner, limit, answer, store).decode(prompt))) == answer
                 synchronize(self.target.device)
-                totals.setdefault(reuse, []).append(perf_counter() - start)
-        with_s, without_s = (median(totals[reuse][1:]) for reuse in (True, False))
+                if counts:
+                    totals.setdefault(reuse, []).append(perf_counter() - start)
+        with_s, without_s = (median(totals[reuse]) for reuse in (True, False))
         return {"with_reuse_s": with_s, "without_s": without_s, "times_faster": without_s / with_s, "same_tokens": same}
 
     def stall(self, pruner: Pruner, stall_s: float, rounds: int) -> dict[str, Any]:
-        """Time the steps of a request while another one is prefilled. The first pass over all captures graphs."""
+        """Time the steps of a request while another one is prefilled. What is accepted does not matter."""
         found = dict[str, Any]()
-        for seed in (200, 300):
-            running, late = self.prompts(seed, 1)[0], self.prompts(seed + 1, 1)[0]
-            answer = self.known(running, (TreeDrafter(self.tree).fixed.depth + 1) * (400 + rounds))
-            found = self._stalled(pruner, stall_s, rounds, running, late, answer)
+        for number, _ in self.runs("beside", 1):
+            running, late = (self.prompts(200 + 2 * number + which, 1)[0] for which in (0, 1))
+            limit = (TreeDrafter(self.tree).fixed.depth + 1) * (400 + rounds)
+            found = self._stalled(pruner, stall_s, rounds, running, late, limit)
         return found
 
     def _stalled(
-        self, pruner: Pruner, stall_s: float, rounds: int, running: VideoPrompt, late: VideoPrompt, answer: Sequence[int]
+        self, pruner: Pruner, stall_s: float, rounds: int, running: VideoPrompt, late: VideoPrompt, limit: int
     ) -> dict[str, Any]:
         scheduler = Scheduler(self.engine, stall_s=stall_s)
-        first = scheduler.submit(self.graph(pruner, len(answer), answer, None).work(running))
+        first = scheduler.submit(self.graph(pruner, limit, (), None).work(running))
         gaps: dict[str, list[float]] = {"before": [], "during": [], "after": []}
         last, begun, second, token_s, part = 0.0, 0.0, None, None, "before"
         with torch.inference_mode():
@@ -178,20 +243,34 @@ class Bench:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Write a row's figures in a line."""
-    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+    """Write a row's figures in a line, and the parts of a request below it."""
+    flat = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if not isinstance(v, dict)}
+    lines = [" ".join(f"{k}={v}" for k, v in flat.items())]
+    for name, parts in ((k, v) for k, v in row.items() if isinstance(v, dict)):
+        lines += [f"  {name}", *(f"    {k} {v}" for k, v in parts.items())]
+    return "\n".join(lines)
 
 
-def rows_of(bench: Bench, args: argparse.Namespace) -> Any:
-    """Measure the parts that were asked for."""
+def rows_of(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure the parts that were asked for, until time is up."""
+    asked = args.parts.split(",")
     for name in args.pruners.split(","):
         pruner = registry.build("pruner", name)
-        if "question" in args.parts:
-            yield {"part": "question", "pruner": name, **bench.questions(pruner, args.repeats)}
-        for limit in map(int, args.answers.split(",")) if "answers" in args.parts else ():
-            yield {"part": "answers", "pruner": name, "new_tokens": limit, **bench.answers(pruner, limit, args.repeats)}
-        for stall in map(float, args.stalls.split(",")) if "stall" in args.parts else ():
-            yield {"part": "stall", "pruner": name, **bench.stall(pruner, stall, args.rounds)}
+        todo: dict[str, list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]] = {
+            "question": [({}, partial(bench.questions, pruner, args.repeats))],
+            "parts": [({}, partial(bench.parts, pruner))],
+            "answers": [
+                ({"new_tokens": limit}, partial(bench.answers, pruner, limit, args.repeats))
+                for limit in map(int, args.answers.split(","))
+            ],
+            "stall": [({}, partial(bench.stall, pruner, stall, args.rounds)) for stall in map(float, args.stalls.split(","))],
+        }
+        for part in asked:
+            for more, measure in todo[part]:
+                if monotonic() > bench.until:
+                    print(f"time is up: {part} of {name} was not measured", flush=True)
+                    continue
+                yield {"part": part, "pruner": name, **more, **measure()}
 
 
 def main(words: Sequence[str]) -> int:
@@ -199,7 +278,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.prefix", description=__doc__)
     parser.add_argument("--shape", default="qwen2_5_vl_32b_7b", help="pair of experiments.gpu_pair (default: %(default)s)")
     parser.add_argument("--video-tokens", type=int, default=16384, help="video tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--parts", default="question,answers,stall", help="what to measure (default: %(default)s)")
+    parser.add_argument("--parts", default="question,parts,answers,stall", help="what to measure (default: %(default)s)")
     parser.add_argument("--pruners", default="two_stage,uniform", help="pruners, with commas (default: %(default)s)")
     parser.add_argument("--answers", default="32,128", help="lengths of answers, with commas (default: %(default)s)")
     parser.add_argument("--stalls", default="0.06,0.03,1000", help="bounds of a stall in seconds (default: %(default)s)")
@@ -211,9 +290,13 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=10, help="rounds before and after a stall (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=12, help="GiB that are kept of prompts (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no measurement after so long")
     parser.add_argument("--commit", default="", help="if git is not available")
     parser.add_argument("--out", type=Path, default=OUT, help="file to append a line of JSON per row to")
     args = parser.parse_args(words)
+    until = monotonic() + args.seconds
+    if unknown := set(args.parts.split(",")) - {"question", "parts", "answers", "stall"}:
+        parser.error(f"no part {', '.join(sorted(unknown))}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pair = pair_of(args.shape)
@@ -222,7 +305,9 @@ def main(words: Sequence[str]) -> int:
         models = [build(shape, wrap_of(shape.family), device, dtype) for shape in (pair.target, pair.draft)]
     engine = engine_for("auto", device)
     tokens, budget = args.video_tokens, int(args.budget * GIB)
-    bench = Bench(*models, engine, pair, tokens, args.ratio, args.tree, args.chance, budget)
+    bench = Bench(*models, engine, pair, tokens, args.ratio, args.tree, args.chance, budget, until)
+    with torch.inference_mode():
+        bench.reserve(max(map(int, args.answers.split(","))))
     about = {
         "shape": args.shape,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

@@ -1,48 +1,72 @@
 """Let a draft start behind what it has computed for earlier requests.
 
-Shape suffixes: K kept slots, D hidden size.
+Shape suffixes: N video tokens, F frames of all videos, K kept slots, D hidden size, A rotary axes.
 """
 
 from __future__ import annotations
 
 from hashlib import sha256
 
+import torch
 from torch import Tensor
 
 from specvlm.decoding.prefix_keys import PromptKeys
 from specvlm.decoding.prefixes import PrefixStore
+from specvlm.engine import Engine
 from specvlm.models.kept import rows_of, write_rows
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import VIDEO_SIGNALS, DraftPrefill, Pruner
 from specvlm.types import Features, KeepSet, VideoPrompt
 
+ALL = 0.75  # once a request needs this share of the frames, all are encoded: other questions keep tokens in others
+STEPS = 256  # most rows of text that run as steps do, rather than by the modules of Hugging Face
+
 
 class ReusedDraftPrefill(DraftPrefill):
     """Keeps a draft's video features, and its rows of the pruned video if other questions will keep the same tokens.
 
-    Rows that are computed apart from the question round otherwise. So they are reused only where a guess cannot change
-    the output.
+    Rows that are computed apart from the question round otherwise, and so do frames that are encoded apart. Such parts
+    are reused only where a guess cannot change the output. Elsewhere, features are reused for the same frames alone.
 
     Args:
         store: Keeps both.
         keys: Keys of the request's prompt.
+        engine: Runs the text behind kept rows.
         pruner: Chooses the tokens to keep.
         free: Whether no guess can change the output.
     """
 
-    def __init__(self, store: PrefixStore, keys: PromptKeys, pruner: Pruner, free: bool) -> None:
-        self._store, self._keys = store, keys
+    def __init__(self, store: PrefixStore, keys: PromptKeys, engine: Engine, pruner: Pruner, free: bool) -> None:
+        self._store, self._keys, self._engine, self._free = store, keys, engine, free
         self._rows = free and pruner.needs <= VIDEO_SIGNALS and not pruner.draft_layers
 
     def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:
-        key = self._key("draft features", model, [*self._keys.videos, frames_of(prompt, keep)])
-        if (kept := self._store.other(key)) is not None:
-            return kept[0].clone() if len(kept) == 1 else Features(*(part.clone() for part in kept))
-        found = model.features(prompt, keep)
-        parts = (found.rows, found.added) if isinstance(found, Features) else (found,)
+        wanted_F = frames_of(prompt, keep)
+        apart = [] if self._free else [sha256(wanted_F.numpy().tobytes()).hexdigest()]
+        key = self._key("draft features", model, [*self._keys.videos, *apart])
+        found, seen_F = self._known(key, torch.zeros_like(wanted_F))
+        if found is not None and not bool((wanted_F & ~seen_F).any()):
+            return found
+        if self._free and self._store.keeps and float((wanted_F | seen_F).float().mean()) >= ALL:
+            wanted_F = torch.ones_like(wanted_F)
+        first_K, new_N = frames_alone(prompt, wanted_F & ~seen_F)
+        new = model.features(prompt, KeepSet(first_K, keep.total))
+        if found is None:
+            found = new
+        else:
+            new_N = new_N.to(found.device)
+            found[new_N] = new[new_N]  # type: ignore[assignment]
+        parts = [*((found.rows, found.added) if isinstance(found, Features) else (found,)), wanted_F | seen_F]
         self._store.keep_other(key, lambda: [part.clone() for part in parts], sum(part.nbytes for part in parts))
         return found
+
+    def _known(self, key: bytes, none_F: Tensor) -> tuple[Tensor | Features | None, Tensor]:
+        """Return a copy of the features that are kept under a key, and of which frames they are. none_F: if none are."""
+        if (kept := self._store.other(key)) is None:
+            return None, none_F
+        *parts, seen_F = kept
+        return parts[0].clone() if len(parts) == 1 else Features(*(part.clone() for part in parts)), seen_F
 
     def fill(
         self, model: VideoLM, inputs: tuple[Tensor | Features, Tensor], cache: KVCache, prompt: VideoPrompt, keep: KeepSet
@@ -59,21 +83,33 @@ class ReusedDraftPrefill(DraftPrefill):
             self._store.keep_other(key, lambda: rows_of(cache, 0, cut), size)
             return
         write_rows(cache, kept, 0, 0, cut)
-        cache.length = cut
-        model.prefill(embeds_KD[cut:], positions_AK[:, cut:], cache)
+        cache.length, tail_Q = cut, prompt.tokens[prompt.cut :]
+        if prompt.text > prompt.cut or len(tail_Q) > STEPS:
+            model.prefill(embeds_KD[cut:], positions_AK[:, cut:], cache)
+        else:
+            cache.offset = int(positions_AK[:, -1].max()) + 1 - len(embeds_KD)
+            self._engine.append(model, tail_Q, cache)
 
     def _key(self, what: str, model: VideoLM, parts: list[str]) -> bytes:
         return sha256(" ".join([what, str(self._store.number(model)), *parts]).encode()).digest()
 
 
-def frames_of(prompt: VideoPrompt, keep: KeepSet) -> str:
-    """Tell which frames are encoded for the kept tokens: a digest of theirs, or "all"."""
-    if keep.pool is not None:
-        return "all"
-    found, start = list[str](), 0
+def frames_of(prompt: VideoPrompt, keep: KeepSet) -> Tensor:
+    """(F,) bool, on the host: which frames are encoded for the kept tokens."""
+    seen_F, index, start, before = torch.ones(sum(g.frames for g in prompt.grids), dtype=torch.bool), keep.index.cpu(), 0, 0
+    for grid in prompt.grids if keep.pool is None else ():
+        inside = index[(index >= start) & (index < start + grid.cells)] - start
+        seen_F[before : before + grid.frames] = torch.bincount(inside // grid.per_frame, minlength=grid.frames) > 0
+        start, before = start + len(grid), before + grid.frames
+    return seen_F
+
+
+def frames_alone(prompt: VideoPrompt, frames_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first token of each chosen frame, and (N,) bool: which tokens belong to one. All on the host."""
+    first, there, start, before = [prompt.video_index[:0]], [frames_F[:0]], 0, 0
     for grid in prompt.grids:
-        inside = keep.index[(keep.index >= start) & (keep.index < start + grid.cells)] - start
-        frames = (inside // grid.per_frame).unique()
-        found.append("all" if len(frames) == grid.frames else str(frames.tolist()))
-        start += len(grid)
-    return "all" if set(found) <= {"all"} else sha256(" ".join(found).encode()).hexdigest()
+        chosen = frames_F[before : before + grid.frames]
+        first.append(start + chosen.nonzero().flatten() * grid.per_frame)
+        there += [chosen.repeat_interleave(grid.per_frame), chosen.new_zeros(grid.newline)]
+        start, before = start + len(grid), before + grid.frames
+    return torch.cat(first), torch.cat(there)

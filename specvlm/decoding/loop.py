@@ -219,7 +219,7 @@ class DecodingGraph:
                 captured=self.engine.captures,
                 seed=request.key(0)[0] if self.sampling.coupled else None,
                 next_shape=share.next_shape if share.budget else None,
-                prefill=filled.drafting(self.pruner, self.joins),
+                prefill=filled.drafting(self.engine, self.pruner, self.joins),
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":

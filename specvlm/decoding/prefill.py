@@ -71,8 +71,9 @@ class Prefill:
         return features_ND, (yield from self._behind(features_ND, match))
 
     def _known(self, match: Match) -> int:
-        """Number of the prompt's rows that need not be computed."""
-        return match.slots if self.engine.exact(self.target) else self._begin(match)
+        """Number of the prompt's rows that need not be computed. Signals of the text need all of its rows."""
+        reads = self.collector is not None and self.collector.reads_text
+        return min(match.slots, self.prompt.cut) if reads else match.slots
 
     def _features(self, match: Match | None) -> Pauses[list[Tensor | Features]]:
         """Return the features of each video: kept ones, or new ones, which are then kept."""
@@ -106,12 +107,8 @@ class Prefill:
         self.prefixes.keep_other(self._feature_key(match, number), lambda: [part.clone() for part in parts], size)
 
     def _begin(self, match: Match) -> int:
-        """First slot that is computed by the modules of Hugging Face.
-
-        Signals of the text need all of its rows. So do the exact rows behind the video, which the engine fills itself.
-        """
-        cut, reads = self.prompt.cut, self.collector is not None and self.collector.reads_text
-        return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
+        """First slot that the engine may compute. An exact one fills known rows behind the video itself."""
+        return min(match.slots, self.prompt.cut) if self.engine.exact(self.target) else self._known(match)
 
     def _behind(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
         """Run the target over what is not known. Returns the next token's logits, (1, V)."""
@@ -189,7 +186,7 @@ class Prefilled(NamedTuple):
         if self.kept is None or not self.reused or self.reused.tokens < prompt.cut:
             return prompt.copy()
         pairs = zip(prompt.videos, self.kept.match.keys.videos, strict=True)
-        return replace(prompt.copy(), videos=tuple(LateVideo.of(video, digest).copy() for video, digest in pairs))
+        return replace(prompt, videos=tuple(LateVideo.of(video, digest) for video, digest in pairs)).copy()
 
     def timed(self, times_s: Mapping[str, float]) -> dict[str, float]:
         """Note how long the prefill took; returns the times as they are."""
@@ -199,11 +196,11 @@ class Prefilled(NamedTuple):
             entry.seconds = (times_s.get("embed", 0.0) + times_s.get("prefill", 0.0)) * (entry.end - entry.start) / rows
         return dict(times_s)
 
-    def drafting(self, pruner: Pruner, free: bool) -> DraftPrefill:
+    def drafting(self, engine: Engine, pruner: Pruner, free: bool) -> DraftPrefill:
         """Return what prefills the drafter's model. free: Whether no guess can change the output."""
         if self.kept is None:
             return DraftPrefill()
-        return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, pruner, free)
+        return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, engine, pruner, free)
 
     def keep_answer(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Keep the rows of the answer, for the next turn of a chat."""

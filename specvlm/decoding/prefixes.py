@@ -325,9 +325,12 @@ class PrefixStore:
             return item.kept.tensors if item is not None and self._load(item) else None
 
     def keep_other(self, key: bytes, make: Callable[[], Sequence[Tensor]], size: int) -> None:
-        """Keep tensors under a key, if there is room. make: copies them; size: their bytes."""
+        """Keep tensors under a key, instead of any others, if there is room. make: copies them; size: their bytes."""
         with self._lock:
-            if self.keeps and key not in self._others and self.shelf.make_room(size):
-                self._others[key] = item = Item(Kept(make()))
-                self.shelf.put(item)
+            if self.keeps:
+                if (old := self._others.pop(key, None)) is not None:
+                    self.shelf.drop(old)
+                if self.shelf.make_room(size):
+                    self._others[key] = item = Item(Kept(make()))
+                    self.shelf.put(item)
             self._forget_dropped()

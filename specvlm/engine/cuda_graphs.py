@@ -82,9 +82,10 @@ class GraphsEngine(Engine):
 
         A prompt without a video, none of which could be kept, has the eager engine's result alone.
         """
-        if not prompt.cut or prompt.text == len(prompt) or not self.exact(target):
+        lean = self.lean(target)
+        if not prompt.cut or prompt.text == len(prompt) or lean is None or not self.exact(target):
             return (yield from super().prefilling(target, prompt, inputs, cache, collector))
-        return (yield from exact_prefilling(self, target, prompt, inputs, cache, collector, refill))
+        return (yield from exact_prefilling(lean, target, prompt, inputs, cache, collector, refill))
 
     def next(self, request: Request, token: int) -> Jobs[int]:
         if type(request.verifier).first is not Verifier.first:  # the verifier has its own rule here

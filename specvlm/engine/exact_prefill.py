@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from specvlm.engine.base import Engine, Inputs
-from specvlm.engine.lean import ROWS
+from specvlm.engine.base import Inputs
+from specvlm.engine.lean import ROWS, LeanText, Watch, run_pass
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.passes import Pass
-from specvlm.models.pauses import Pauses
+from specvlm.models.pauses import Pause, Pauses
 from specvlm.types import VideoPrompt
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def exact_prefilling(
-    engine: Engine,
+    lean: LeanText,
     target: VideoLM,
     prompt: VideoPrompt,
     inputs: Inputs,
@@ -31,25 +31,53 @@ def exact_prefilling(
 ) -> Pauses[Tensor]:
     """Fill a cache with a prompt that has text after the last video or image. Returns the next token's logits, (1, V).
 
-    Hugging Face's modules run what comes before that text, in passes whose borders are fixed by slot. They also run the
-    text itself if signals are read from it. Then the engine runs it by the arithmetic of steps, in slices whose borders
-    are fixed by slot too. So a row's bits depend on its token, its position and the rows before it alone: the text of a
-    kept video with another question, or of a longer chat, has the same bits.
+    Hugging Face's modules run what comes before that text, in passes whose borders are fixed by slot. The lean pass
+    runs the text by the arithmetic of steps, in slices whose borders are fixed by slot too. So a row's bits depend on
+    its token, its position and the rows before it alone: the text of a kept video with another question, or of a longer
+    chat, has the same bits. Signals of the text are read from all of its slices, in order, so they are the same too.
 
     Arguments are those of `Engine.prefilling`.
     """
     (embeds_SD, positions_AS), begin, start = inputs, cache.length, prompt.text
     offset = int(positions_AS[:, -1].max()) + 1 - len(prompt)
-    end = start if collector is None or not collector.reads_text else len(prompt)
+    reads = collector is not None and collector.reads_text
+    sliced = collector if reads and reads_slices(prompt, collector) else None
+    end = len(prompt) if reads and sliced is None else start
     if end > begin:
         rows = slice(end - begin)
-        given = (embeds_SD[rows], positions_AS[:, rows], cache, prompt.cut, collector)
+        watched = collector if sliced is None else sliced.without_text()
+        given = (embeds_SD[rows], positions_AS[:, rows], cache, prompt.cut, watched)
         yield from target.prefilling(*given, joints=prompt.joints)
     cache.offset, cache.length = offset, start
-    if refill is not None:
+    if refill is not None and sliced is None:
         refill()
-    start = cache.length
-    for first, end in pairwise([start, *range(start // ROWS * ROWS + ROWS, len(prompt), ROWS), len(prompt)]):
-        tokens_Q = prompt.tokens[first:end]
-        (rows_of,) = engine.run([Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, cache.offset)])
+    start, total = cache.length, len(prompt)
+    for first, end in pairwise([start, *range(start // ROWS * ROWS + ROWS, total, ROWS), total]):
+        watch = None if sliced is None else watching(sliced, lean, cache, (first - start, total - start))
+        cache.length, tokens_Q = end, prompt.tokens[first:end]
+        one = Pass(target, cache, tokens_Q, range(len(tokens_Q)), None, first, offset)
+        rows_of = run_pass(lean, one, watch)
+        if end < total:
+            yield Pause(target.device)
     return rows_of.logits(1)
+
+
+def reads_slices(prompt: VideoPrompt, collector: AttentionCollector | None) -> bool:
+    """Whether signals of the text can be read from its slices. If not, Hugging Face's modules run the text for them first.
+
+    The lean pass has queries and keys of text, but neither hidden states nor rows of an image.
+    """
+    return collector is not None and collector.by_steps and prompt.text == prompt.cut
+
+
+def watching(collector: AttentionCollector, lean: LeanText, cache: KVCache, part: tuple[int, int]) -> Watch:
+    """Return what lets a collector read each layer of a slice that ends at the cache's length.
+
+    part: As in `AttentionCollector.observe`.
+    """
+
+    def watch(layer: int, q_QHD: Tensor) -> None:
+        keys, _ = cache.layer(layer)
+        collector.observe(layer, q_QHD.transpose(0, 1)[None], keys[:, :, : cache.length], lean.width**-0.5, part)
+
+    return watch

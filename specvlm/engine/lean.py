@@ -11,9 +11,9 @@ S parts of a linear layer's output, N its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from specvlm.models.quantize import QuantizedExperts, QuantizedLinear
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
 
+Watch: TypeAlias = Callable[[int, Tensor], None]
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
 JOINED = 128  # the same for passes of several requests
 # Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
@@ -113,19 +114,27 @@ class Sight(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device."""
+    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device.
+
+    watch: Called with each layer's number and queries, once its keys are in the cache.
+    """
 
     cache: KVCache
     base: Tensor
     at: int
     sight: Sight
+    watch: Watch | None = None
 
     def rope(
         self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
     ) -> Tensor:
         """Turn queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
         keys, values = (store[0] for store in self.cache.layer(index))
-        return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
+        given = (keys, values, self.base, self.at, heads, layer.norms, layer.eps)
+        q_QHD: Tensor = ops.rope(parts_SQN, layer.biases, *turns, *given)
+        if self.watch is not None:
+            self.watch(index, q_QHD)
+        return q_QHD
 
     def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
         """Attend from each row to what it sees of layer `index`."""
@@ -175,7 +184,15 @@ class LeanText:
         self.turns = [model.text.rotary_emb.inv_freq.to(stage.device) for stage in model.stages]
 
     def __call__(
-        self, tokens_Q: Tensor, depths_Q: Tensor, at: int, sight: Sight, base: Tensor, offset: Tensor, cache: KVCache
+        self,
+        tokens_Q: Tensor,
+        depths_Q: Tensor,
+        at: int,
+        sight: Sight,
+        base: Tensor,
+        offset: Tensor,
+        cache: KVCache,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Run rows through all stages, writing their keys and values to slots base + at + row.
 
@@ -187,6 +204,7 @@ class LeanText:
             base: (1,) slot number, on the device.
             offset: (1,) position minus slot, on the device.
             cache: The model's KV cache.
+            watch: As in `Place`.
 
         Returns:
             (Q, D) hidden states after the final norm.
@@ -195,7 +213,7 @@ class LeanText:
         for number, stage in enumerate(self.stages):
             with current(stage.device):
                 x, depths_Q, base, offset, *tables = cross(stage.device, x, depths_Q, base, offset, *sight)
-                x = self.run(number, x, base + offset + depths_Q, Place(cache, base, at, Sight(*tables)))
+                x = self.run(number, x, base + offset + depths_Q, Place(cache, base, at, Sight(*tables), watch))
         return x
 
     def enter(self, tokens_Q: Tensor) -> Tensor:
@@ -268,8 +286,8 @@ class _Layer:
         self.mlp_kind = self.kind if self.experts is None else "full"
 
 
-def run_pass(lean: LeanText, one: Pass) -> Rows:
-    """Run one pass through the lean pass, without reading its device tensors on the host."""
+def run_pass(lean: LeanText, one: Pass, watch: Watch | None = None) -> Rows:
+    """Run one pass through the lean pass, without reading its device tensors on the host. watch: as in `Place`."""
     device = lean.stages[0].device
     base, offset, depths_Q = (on_device(numbers, device) for numbers in (one.base, one.offset, one.depths_Q))
     if one.seen_QT is None and not one.at:  # causal: a row's path is all rows up to it
@@ -277,7 +295,7 @@ def run_pass(lean: LeanText, one: Pass) -> Rows:
         sight = Sight(None, above_Q.expand(len(one), -1).contiguous(), above_Q)
     else:
         sight = Sight(one.seen(device, torch.int8))
-    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache)
+    hidden_QD = lean(one.tokens_Q.to(device), depths_Q, one.at, sight, base, offset, one.cache, watch)
     return Rows(hidden_QD, lean.logits, lean.ops.top)
 
 

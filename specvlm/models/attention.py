@@ -19,8 +19,9 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from specvlm.models.attention_sums import attention_sums
 from specvlm.models.vision_attention import attend_windows
-from specvlm.models.vision_probe import BLOCK, HiddenStateProbe, VisionProbe
+from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.parallel.ranks import ProcessGroup
 from specvlm.types import Features, entering
 
@@ -56,8 +57,7 @@ class StopForward(Exception):
 class AttentionCollector:
     """Collects attention from the rows of one pass to the video tokens, layer by layer (SpecVLM, section 3).
 
-    Computes scores (H, G, Q, K) in blocks of BLOCK bytes: several KV heads, or some rows of one head. Peak memory is
-    about three blocks. Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set.
+    Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set (`attention_sums`).
 
     Attributes:
         video_index: (N,) key slots of the video tokens.
@@ -105,6 +105,18 @@ class AttentionCollector:
     def reads_text(self) -> bool:
         """Whether anything is collected from the rows after the last video."""
         return self.whole or self.last_row or self.keys is not None or self.states is not None
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether queries and keys are all that is read from the text: neither hidden states, nor an early stop."""
+        return self.states is None and self.depth is None
+
+    def without_text(self) -> Self:
+        """Make a collector for the passes before the text, which records into this one what `of_video` names."""
+        other = copy(self)
+        other.rows = other.last_row = other.heads = False
+        other.weigh = other.keys = None
+        return other
 
     def ahead(self) -> Self | None:
         """Make a collector for earlier passes, which only stops them at the same layer. None if `depth` is None."""
@@ -183,63 +195,34 @@ class AttentionCollector:
             )
         self._weights_Q = ranks.first((weights_Q / total).contiguous())
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float, part: tuple[int, int] | None = None) -> None:
         """Collect from one layer. Raises StopForward after `depth` layers; does not change the pass otherwise.
 
-        query (1, H * G, Q, D) and key (1, H, K, D) are rotated.
+        query (1, H * G, Q, D) and key (1, H, K, D) are rotated. The rows are the last of the keys.
+
+        part: Where several passes read the rows, in order: number of the rows before these, and number of all rows.
         """
-        if self.whole or self.last_row:
-            first = 0 if self.whole else query.shape[2] - 1
-            read = self._read(query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, first)
-            mean_N, last_N, weighted_N, heads_HN = (weights.to(self.video_index.device) for weights in read)
+        _, heads, count, _ = query.shape
+        before, total = part or (0, count)
+        ends = before + count == total
+        if self.whole or (self.last_row and ends):
+            given = query[0].unflatten(0, (key.shape[1], -1)), key[0], scaling, self.video_index
+            weights_Q = None if self._weights_Q is None else self._weights_Q[before : before + count]
+            sums = attention_sums(*given, 0 if self.whole else count - 1, weights_Q)
+            heads_HN, last_N, weighted_N = (values.to(self.video_index.device) for values in sums)
             if self.heads:
-                self._heads[layer] = heads_HN
+                _add(self._heads, layer, heads_HN / (heads // len(heads_HN) * total))
             if self.rows:
-                self._mean[layer] = mean_N
-            if self.last_row:
-                self._last[layer] = last_N
+                _add(self._mean, layer, heads_HN.sum(0) / (heads * total))
+            if self.last_row and ends:
+                self._last[layer] = last_N / heads
             if self.weigh is not None:
-                self._weighted[layer] = weighted_N
-        if layer == self.keys:
+                _add(self._weighted, layer, weighted_N / heads)
+        if layer == self.keys and ends:
             norms_K = key[0].to(torch.promote_types(key.dtype, torch.float32)).abs().sum((0, 2))
             self._norms[layer] = norms_K.to(self.video_index.device)
         if self.depth is not None and layer + 1 >= self.depth:
             raise StopForward
-
-    def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
-        """Compute the attention to the video tokens, averaged over heads, as four tensors.
-
-        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 without weights).
-        (H, N): the mean over rows per KV head; (0, N) unless `heads` is set.
-        """
-        heads, group, count, _ = query_HGQD.shape
-        wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # bfloat16 would give unequal scores equal values
-        row_bytes = group * key_HKD.shape[1] * wide.itemsize
-        rows = max(1, min(count - first, BLOCK // row_bytes))
-        step = max(1, BLOCK // (rows * row_bytes))
-        video_index = self.video_index.to(query_HGQD.device)
-        mean_N = torch.zeros(len(video_index), dtype=wide, device=query_HGQD.device)
-        last_N, weighted_N = torch.zeros_like(mean_N), torch.zeros_like(mean_N)
-        heads_HN = mean_N.new_zeros(heads if self.heads else 0, len(mean_N))
-        counts_Q = None if self._weights_Q is None else self._weights_Q.to(mean_N)
-        for head in range(0, heads, step):
-            keys_HDK = key_HKD[head : head + step].to(wide).mT
-            for row in range(first, count, rows):
-                queries_HGQD = query_HGQD[head : head + step, :, row : row + rows].to(wide)
-                scores_HGQK = (queries_HGQD.flatten(1, 2) @ keys_HDK).unflatten(1, queries_HGQD.shape[1:3]).mul_(scaling)
-                future = torch.ones(queries_HGQD.shape[2], count, dtype=torch.bool, device=mean_N.device).triu(row + 1)
-                scores_HGQK[..., -count:].masked_fill_(future, float("-inf"))
-                weights_HGQN = scores_HGQK.softmax(-1).index_select(-1, video_index)
-                mean_N += weights_HGQN.sum((0, 1, 2))
-                if counts_Q is not None:
-                    weighted_N += counts_Q[row : row + rows] @ weights_HGQN.sum((0, 1))
-                if self.heads:
-                    heads_HN[head : head + step] += weights_HGQN.sum((1, 2))
-                if row + rows >= count:
-                    last_N += weights_HGQN[:, :, -1].sum((0, 1))
-        count_all = heads * group * (count - first)
-        heads_HN /= group * (count - first)
-        return mean_N / count_all, last_N / (heads * group), weighted_N / (heads * group), heads_HN
 
     def see(self, start: int, hidden_QD: Tensor) -> None:
         """Collect last hidden states from a finished pass, if `hidden` is set. start: slot of its first row."""
@@ -284,6 +267,11 @@ class AttentionCollector:
         """L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last video token."""
         (norms_K,) = self._norms.values()
         return norms_K[self.video_index], norms_K[int(self.video_index[-1]) + 1 :]
+
+
+def _add(kept: dict[int, Tensor], layer: int, values: Tensor) -> None:
+    """Add a pass's values to what was collected from a layer before."""
+    kept[layer] = kept[layer] + values if layer in kept else values
 
 
 def attend(
