@@ -121,6 +121,20 @@ def test_fused_forms_fit_the_gpu(capability, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("width", [48, 64, 128])
+def test_sums_of_attention_fit_the_gpu(capability, width, monkeypatch):
+    from specvlm.models import attention_kernels
+
+    query, key = torch.empty(8, 5, 50, width, dtype=torch.bfloat16), torch.empty(8, 3000, width, dtype=torch.bfloat16)
+
+    def calls() -> None:
+        attention_kernels.sums_of(query, key, 0.1)
+        attention_kernels.sums_of(query, key, 0.1, 0, torch.ones(50))
+
+    check(capability, calls, monkeypatch)
+
+
+@pytest.mark.parametrize("capability", LIMITS)
 @pytest.mark.parametrize(("kind", "rows"), [("full", 1), ("full", 26), ("full", 64), ("int8", 26), ("int4", 26), ("fp8", 26)])
 def test_experts_fit_the_gpu(capability, kind, rows, monkeypatch):
     if kind == "fp8" and capability < 89:

@@ -5,12 +5,17 @@ Shape suffixes: H KV heads, G query heads per KV head, Q rows of the pass, K key
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specvlm.models.padding import pays
 from specvlm.models.vision_probe import BLOCK
+
+Adder = Callable[[Tensor, Tensor, float, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class Sums(NamedTuple):
@@ -32,9 +37,34 @@ def attention_sums(
 ) -> Sums:
     """Add up the attention of rows from `first` on, which belong to the last Q of the keys, to the keys at `index_N`.
 
-    Scores (H, G, Q, K) take BLOCK bytes at a time: several KV heads, or some rows of one head. Peak memory is about
+    On a GPU in 16 bits by the kernels of `attention_kernels`, which store no scores. Elsewhere, scores (H, G, Q, K) take BLOCK bytes at a time: several KV heads, or some rows of one head. Peak memory is about
     three blocks.
     """
+    kernel = kernel_for(query_HGQD.dtype, query_HGQD.device)
+    found = _by_torch if kernel is None else kernel
+    index_N = index_N.to(query_HGQD.device)
+    return Sums(*(sums.index_select(-1, index_N) for sums in found(query_HGQD, key_HKD, scaling, first, weights_Q)))
+
+
+@cache
+def kernel_for(dtype: torch.dtype, device: torch.device) -> Adder | None:
+    """Return the kernels' function for a GPU in 16 bits. None elsewhere, and where they do not run."""
+    if not pays(dtype, device):
+        return None
+    try:
+        from specvlm.models.attention_kernels import sums_of
+
+        rows_11QD = torch.zeros(1, 1, 2, 16, dtype=dtype, device=device)
+        sums_of(rows_11QD, rows_11QD[0], 1.0)
+    except Exception:  # no Triton, no compiler for it, or a GPU that it does not know
+        return None
+    return sums_of
+
+
+def _by_torch(
+    query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int = 0, weights_Q: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up attention to all keys: (H, K) over rows and query heads, (K,) of the last row, (K,) weighted."""
     heads, group, count, _ = query_HGQD.shape
     wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # bfloat16 would give unequal scores equal values
     row_bytes = group * key_HKD.shape[1] * wide.itemsize
@@ -56,5 +86,4 @@ def attention_sums(
                 weighted_K += counts_Q[row : row + rows] @ weights_HGQK.sum((0, 1))
             if row + rows >= count:
                 last_K += weights_HGQK[:, :, -1].sum((0, 1))
-    index_N = index_N.to(heads_HK.device)
-    return Sums(*(sums.index_select(-1, index_N) for sums in (heads_HK, last_K, weighted_K)))
+    return heads_HK, last_K, weighted_K

@@ -16,6 +16,9 @@ from specvlm.engine.ops import Weight
 
 AHEAD = 1  # number of weight tiles that a program prefetches into L2 while the previous kernel still runs
 LEAST = 32  # minimum number of inputs of a tile
+PROGRAMS = {"full": 1.5, "fp8": 3, "int8": 3, "int4": 2}  # programs a processor to which a sum over k is split
+HALVES = 2  # parts, at least, of the sums of quantised gate and up: all tiles at once are a few more than fit
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -194,16 +197,23 @@ def _times_silu(g, u, kind: tl.constexpr):
 
 
 @triton.jit
-def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, GROUP: tl.constexpr, PDL: tl.constexpr):
-    """Compute y (Q, N) = silu(gate) * up in 8 bits from (Q, 2 N) gate and up, a group at a time. Grid (Q, N / GROUP)."""
+def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, parts, KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr):
+    """Compute y (Q, N) = silu(gate) * up in 8 bits from partial sums (S, Q, 2 N) of gate and up. Grid (Q, N / GROUP).
+
+    parts: S. KIND: dtype to which Hugging Face's layers round.
+    """
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = group * GROUP + tl.arange(0, GROUP)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    g = tl.load(gu_ptr + row * 2 * N + at)
-    u = tl.load(gu_ptr + row * 2 * N + N + at)
-    narrow, scale = to_8_bits(_times_silu(g, u, gu_ptr.dtype.element_ty)[:, None], y_ptr)
+    g = tl.zeros((GROUP,), tl.float32)
+    u = tl.zeros((GROUP,), tl.float32)
+    for part in range(parts):
+        from_row = gu_ptr + (part * tl.num_programs(0) + row) * 2 * N
+        g += tl.load(from_row + at)
+        u += tl.load(from_row + N + at)
+    narrow, scale = to_8_bits(_times_silu(g.to(KIND), u.to(KIND), KIND)[:, None], y_ptr)
     tl.store(y_ptr + row * N + at[:, None], narrow)
     tl.store(ys_ptr + row * (N // GROUP) + group + tl.arange(0, 1), scale)
 
@@ -236,16 +246,16 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
     return Tile(128, GROUP, 3 if weight.kind == "int4" else 4, 8)
 
 
-def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
-    """Choose the number of parts of a sum over k, so that layers with few output tiles fill the device.
+def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device, least: int = 1) -> int:
+    """Choose the number of parts of a sum over k, at least `least`, so that layers with few output tiles fill the device.
 
     The choice must not depend on the number of rows: sums are to be rounded alike in passes of one row and of a tree.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     stored = weights[0].data.shape[1]
     most = triton.cdiv(stored, tile.inputs)  # more parts would be empty
-    programs = (1.5 if weights[0].kind == "full" else 2) * processors_of(device)
-    return min(most, max(1, round(programs / tiles), triton.cdiv(stored, 3584)))
+    programs = PROGRAMS[weights[0].kind] * processors_of(device)
+    return min(most, max(least, round(programs / tiles), triton.cdiv(stored, 3584)))
 
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
@@ -254,16 +264,20 @@ def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[i
     return tile.inputs * size * (weights * tile.outputs + halves * width_of(rows)), 2048
 
 
-def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
+def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None, least: int = 1) -> Tensor:
     """Multiply x by one to three weights; concatenate the results to (S, Q, N) float32, S partial sums over k.
 
-    whole: Dtype in which to return the full sum instead, (1, Q, N).
+    Args:
+        x_QK: Rows.
+        weights: Weights.
+        whole: Dtype in which to return the full sum instead, (1, Q, N).
+        least: Minimum of S, where that is possible.
     """
     x, scale = split(x_QK)
     rows, inputs = x.shape
     first, last = weights[0], weights[-1]
     tile = tile_of(first, rows)
-    parts = 1 if whole else parts_of(weights, tile, x.device)
+    parts = 1 if whole else parts_of(weights, tile, x.device, least)
     sizes = [w.outputs for w in weights] + [0] * (3 - len(weights))
     three = (*weights, last, last)[:3]
     stored = first.data.shape[1]
@@ -285,13 +299,15 @@ def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, k
     32 us for the 7B's in int4 on an H200.
     """
     if isinstance(x_QK, Narrow):
-        (both_QN,) = linear(x_QK, (gate, up), whole=dtype)
+        both_SQN = linear(x_QK, (gate, up), least=HALVES)
+        parts, rows, _ = both_SQN.shape
         if kind == "full":
-            g, u = both_QN.chunk(2, 1)
+            g, u = both_SQN.sum(0).to(dtype).chunk(2, 1)
             return silu(g) * u
-        narrow = Narrow.empty(len(both_QN), gate.outputs, kind, both_QN.device)
-        grid = (len(both_QN), gate.outputs // GROUP)
-        _activation_kernel[grid](both_QN, *split(narrow), gate.outputs, GROUP=GROUP, **options_of(Tile(warps=1)))
+        narrow = Narrow.empty(rows, gate.outputs, kind, both_SQN.device)
+        _activation_kernel[(rows, gate.outputs // GROUP)](
+            both_SQN, *split(narrow), gate.outputs, parts, KIND=TYPES[dtype], GROUP=GROUP, **options_of(Tile(warps=1))
+        )
         return narrow
     (rows, inputs), tile = x_QK.shape, tile_of(gate, len(x_QK), double=True)
     y = torch.empty(rows, gate.outputs, dtype=dtype, device=x_QK.device)
