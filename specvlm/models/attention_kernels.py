@@ -67,7 +67,10 @@ def _sums_kernel(
     q_head, group_stride, row_stride, k_head, k_stride,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, WEIGH: tl.constexpr,
 ):  # fmt: skip
-    """Add up the attention to each key: of all rows from `first` on, of the last, and by weights. Grid (tiles of keys, heads)."""
+    """Add up the attention to each key: of all rows from `first` on, of the last, and weighted.
+
+    Grid (tiles of keys, heads).
+    """
     head = tl.program_id(1)
     keys = tl.program_id(0) * BK + tl.arange(0, BK)
     summed = tl.zeros((BK,), tl.float32)
@@ -105,9 +108,8 @@ def sums_of(
     size, rows = key_HKD.shape[1], group * count
     query_HGQD, key_HKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (query_HGQD, key_HKD))
     parts = triton.cdiv(size, PART)
-    made = {"dtype": torch.float32, "device": query_HGQD.device}
-    most_HRP, total_HRP = (torch.empty(heads, rows, parts, **made) for _ in range(2))
-    sums_HK, last_HK, weighted_HK = (torch.zeros(heads, size, **made) for _ in range(3))
+    most_HRP, total_HRP = query_HGQD.new_empty(2, heads, rows, parts, dtype=torch.float32)
+    sums_HK, last_HK, weighted_HK = query_HGQD.new_zeros(3, heads, size, dtype=torch.float32)
     strides = (*query_HGQD.stride()[:3], *key_HKD.stride()[:2])
     tiles = {"D": width, "BD": max(16, triton.next_power_of_2(width)), "BR": ROWS, "BK": KEYS}
     given = query_HGQD, key_HKD

@@ -37,8 +37,8 @@ def attention_sums(
 ) -> Sums:
     """Add up the attention of rows from `first` on, which belong to the last Q of the keys, to the keys at `index_N`.
 
-    On a GPU in 16 bits by the kernels of `attention_kernels`, which store no scores. Elsewhere, scores (H, G, Q, K) take BLOCK bytes at a time: several KV heads, or some rows of one head. Peak memory is about
-    three blocks.
+    On a GPU in 16 bits by the kernels of `attention_kernels`, which store no scores. Elsewhere, scores (H, G, Q, K) take
+    BLOCK bytes at a time: several KV heads, or some rows of one head. Peak memory is about three blocks then.
     """
     kernel = kernel_for(query_HGQD.dtype, query_HGQD.device)
     found = _by_torch if kernel is None else kernel
