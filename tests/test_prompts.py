@@ -195,14 +195,32 @@ class Waits:
             time.sleep(60)
 
 
-def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(monkeypatch):
+BUSY = {"child": False}  # whether Python's own code has much to do in a fork before ours runs
+
+
+os.register_at_fork(after_in_child=lambda: [[] for _ in range(200 * BUSY["child"])] and None)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(busy, monkeypatch):
     monkeypatch.setattr(child, "WALL_SECONDS", 10.0)
+    monkeypatch.setitem(BUSY, "child", busy)
     before = gc.get_threshold()
     try:
         gc.set_threshold(100_000)
+        gc.collect()
         Waits()
         gc.set_threshold(50)
         assert child.in_child(lambda: str(len([[] for _ in range(10_000)]))) == "10000"
+        assert gc.isenabled()
     finally:
         gc.set_threshold(*before)
         gc.collect()
+
+
+def test_the_garbage_collector_stays_off_where_it_was():
+    gc.disable()
+    try:
+        assert child.in_child(lambda: "done") == "done" and not gc.isenabled()
+    finally:
+        gc.enable()

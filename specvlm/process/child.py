@@ -38,9 +38,15 @@ def in_child(action: Callable[[], str]) -> str:
         return action()
     with _ALONE:
         source, sink = os.pipe()
-        pid = os.fork()
-        if not pid:
-            _answer(action, sink)
+        collects = gc.isenabled()
+        gc.disable()  # a finaliser may wait for a thread, and the child has no others. Python's own code runs in it first
+        try:
+            pid = os.fork()
+            if not pid:
+                _answer(action, sink)
+        finally:
+            if collects:
+                gc.enable()
         os.close(sink)
         try:
             said = _read(source)
@@ -60,7 +66,6 @@ def in_child(action: Callable[[], str]) -> str:
 def _answer(action: Callable[[], str], sink: int) -> None:
     """Run the action in the child; never returns. Writes the result after a `=`, or an error after a `!`."""
     try:
-        gc.disable()  # a finaliser may wait for a thread, and the child has no other threads
         _limit()
         answer = b"=" + action().encode()
     except BaseException as error:
