@@ -22,7 +22,7 @@ from specvlm.decoding.collect import collector_for, layers_read
 from specvlm.decoding.selection import Selection, View
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import CacheLease, KVCache
-from specvlm.models.pauses import Pause, Pauses
+from specvlm.models.pauses import Pauses
 from specvlm.models.placement import apart
 from specvlm.models.side_stream import Mark, SideStream
 from specvlm.models.video_lm import VideoLM
@@ -113,18 +113,19 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         self._layers = layers_read(pruner, target) if self.view.pruned else 0
         self._at_once = not self._needs - CODEC_SIGNALS  # the choice waits for nothing
         # Signals of a later stage of a pipeline lie on another device.
-        self._can_choose = self._layers < target.layers and (not self._layers or len(target.stages) == 1)
+        self._early = self._layers < target.layers and (not self._layers or len(target.stages) == 1)
         self._side = SideStream(target.device)
         self._inner: DraftPrefill | None = None
-        self._ahead: Ahead | None = None
+        self._target_ND: Tensor | Features | None = None
         self._collector: AttentionCollector | None = None
         self._ready: Mark | None = None
-        self._all = False  # whether the features of all frames are computed
+        self._can_choose = False  # whether the pruner's signals are there, or queued
+        self._all = False  # whether features of all frames are computed
         self._features: Tensor | Features | None = None
         self._cache: KVCache | None = None
 
     def __exit__(self, *_: object) -> None:
-        self._ahead = self._collector = self._features = self._cache = None
+        self._target_ND = self._collector = self._features = self._cache = None
         self.lease.release()
 
     # ---- beside the target's prefill
@@ -138,22 +139,22 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
             inner: Computes the draft's features and rows.
             whole: Whether the features of all frames may be computed for a choice that is not known yet.
         """
-        self._inner, self._ahead = inner, ahead
-        self._all = whole and not (self._can_choose and self._at_once)
-        if self._can_choose:
-            self._collector = self._own_collector(ahead)
-            self._ready = None if self._at_once else Mark(self.selection.target.device)
-        layers, queued = self.selection.target.layers, None
+        target, queued = self.selection.target, None
+        self._inner, self._target_ND = inner, ahead.features_ND
+        self._all = whole and not (self._early and self._at_once)
+        if self._early:
+            self._collector, self._can_choose = self._own_collector(ahead), not self._layers
+            self._ready = None if self._at_once else Mark(target.device)
         try:
             while True:
                 try:
                     pause = next(passing)
                 except StopIteration as end:
                     return end.value
-                if self._ends_video(pause):
-                    if pause.layer == self._layers and self._can_choose:
-                        self._look_ahead(ahead)  # the layers run once more for the text
-                    queued = Mark(pause.device) if pause.layer == layers else None
+                if pause.layer and ahead.cache.length + pause.rows == self.prompt.cut:  # in the last pass before the text
+                    if pause.layer == self._layers and self._early:
+                        self._look_ahead(ahead)
+                    queued = Mark(pause.device) if pause.layer == target.layers else None
                 yield pause
                 if queued is not None:
                     self._begin(queued)
@@ -161,18 +162,13 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         finally:
             passing.close()
 
-    def _ends_video(self, pause: Pause) -> bool:
-        """Whether a pause is between layers of the pass that ends with the last video token."""
-        assert self._ahead is not None
-        return bool(pause.layer) and self._ahead.cache.length + pause.rows == self.prompt.cut
-
     def _look_ahead(self, ahead: Ahead) -> None:
         """Run the text behind the video through the first layers, to which the video's rows have come."""
         target, states = self.selection.target, None if ahead.collector is None else ahead.collector.states
         if self._collector is not None and states is not None:
             self._collector.states = states.ahead()
         target.look_ahead(*ahead.text, ahead.cache, self._collector, self.prompt.cut, self._layers)
-        self._ready = Mark(target.device)
+        self._ready, self._can_choose = Mark(target.device), True
 
     def _own_collector(self, ahead: Ahead) -> AttentionCollector | None:
         """Make a collector of the pruner's signals, with what the prefill has recorded in the vision tower."""
@@ -196,8 +192,8 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
 
     def _choose(self) -> None:
         """Ask the pruner. Only the side stream waits: for the signals, and not for what the target has queued since."""
-        assert self._ahead is not None
-        given = (self.prompt, self.view, self._collector, self._ahead.features_ND, self.generator, self._features)
+        assert self._target_ND is not None
+        given = (self.prompt, self.view, self._collector, self._target_ND, self.generator, self._features)
         with self._side.after(self._ready):
             self.keep = self.selection.select(*given).cpu()
         self._collector = None
@@ -221,9 +217,9 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
 
     def chosen(self) -> KeepSet | None:
         """Return the tokens to keep, if no signal of later layers is needed for that; None if it is, or nothing began."""
-        if self.keep is None and self._ahead is not None and self._can_choose:
+        if self.keep is None and self._can_choose:
             self._choose()
-        self._ahead = None
+        self._target_ND = None
         return self.keep
 
     @property
