@@ -27,6 +27,7 @@ from specvlm.decoding.selection import Selection
 from specvlm.engine import Engine
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import UserError
+from specvlm.models.partition import Stage
 from specvlm.models.placement import apart
 from specvlm.models.side_stream import Mark
 from specvlm.models.text_passes import TextPasses
@@ -77,7 +78,7 @@ def own_gpu(monkeypatch) -> None:
 def log(monkeypatch) -> list[str]:
     """Note what runs, in order."""
     found, layers, encode, select = [], TextPasses._layers, VideoLM.features, Selection.select
-    names = {id(lm): name for family in tiny.FAMILIES for lm, name in zip(pair(family), ("target", "draft"), strict=True)}
+    names = {id(lm.hf): name for family in tiny.FAMILIES for lm, name in zip(pair(family), ("target", "draft"), strict=True)}
 
     def noted(self, embeds, *rest) -> Iterator[Any]:
         passing = layers(self, embeds, *rest)
@@ -87,7 +88,7 @@ def log(monkeypatch) -> list[str]:
             except StopIteration as end:
                 return end.value
             if len(embeds) > 1:
-                found.append(f"{names[id(self)]} {len(embeds)} rows, layer {pause.layer}")
+                found.append(f"{names[id(self.hf)]} {len(embeds)} rows, layer {pause.layer}")
             yield pause
 
     def noting(what, function):
@@ -319,9 +320,12 @@ def test_several_requests_have_the_tokens_of_each_alone(family, backend, own_gpu
     assert not any(graph.caches._leased for graph in graphs)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("pruner", [UniformPruner(), FastVPruner(1), TwoStagePruner(), UV_PRUNE], ids=str)
-@pytest.mark.parametrize("verifier", VERIFIERS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "pruner", "verifier"),
+    covering(tiny.FAMILIES, (UniformPruner(), FastVPruner(1), TwoStagePruner(), UV_PRUNE), VERIFIERS),
+    ids=str,
+)
 def test_kept_prompts_give_the_same_rounds(family, pruner, verifier, own_gpu, log):
     prompt, store = tiny.prompt(family), PrefixStore(2**26)
     graph = graph_of(family, pruner, verifier=verifier)
@@ -332,6 +336,20 @@ def test_kept_prompts_give_the_same_rounds(family, pruner, verifier, own_gpu, lo
         assert rounds_of(list(graph.decode(prompt, 10))) == want
         assert store.hits == known
     assert not [item for item in log if item.startswith("target") and f" {prompt.cut} rows" in item]
+
+
+@pytest.mark.parametrize("pruner", [UniformPruner(), FastVPruner(1), TwoStagePruner()], ids=str)
+def test_a_target_in_stages_has_only_what_needs_no_layers_of_it_started_early(pruner, own_gpu, log):
+    family, cpu = "llava_onevision", torch.device("cpu")
+    whole, _ = pair(family)
+    target = type(whole)(whole.hf, whole.tokenizer, whole.folder, stages=(Stage(cpu, 0, 2), Stage(cpu, 2, LAYERS)))
+    graph, prompt = graph_of(family, pruner), tiny.prompt(family)
+    graph.target = target
+    want = tiny.hf_greedy(whole, prompt, 8)
+    steps = graph.decode(prompt, 8)
+    first = next(steps)
+    assert ("select" in log) == (not pruner.needs) and "tower" in log
+    assert tokens_of([first, *steps]) == want
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
