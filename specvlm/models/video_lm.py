@@ -210,11 +210,12 @@ class VideoLM(TextPasses):
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
             # A slice needs no copy, nor an index for whose copy the host would wait until the pass before has ended.
-            which = slice(first, end) if end - first == len(part) else part
-            rows = encode(self._entering(pixels[which])).to(self.dtype)
-            if len(rows) != len(part) * grid.per_frame:
+            together = end - first == len(part)
+            slots = slots_FP[first:end] if together else slots_FP[part.to(self.device)]
+            rows = encode(self._entering(pixels[first:end] if together else pixels[part])).to(self.dtype)
+            if len(rows) != slots.numel():
                 raise ValueError(f"encode gives {len(rows)} rows for {len(part)} frames of {grid.per_frame} tokens")
-            found[slots_FP[which if which is not part else part.to(self.device)].flatten()] = rows
+            found[slots.flatten()] = rows
         return found
 
     def _entering(self, pixels: Tensor) -> Tensor:
