@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,11 +29,17 @@ class Mark:
         return self.event is not None and bool(self.event.query())
 
 
+@cache
+def stream_of(device: torch.device) -> Any:
+    """Return the second stream of a GPU: one for all requests, since torch keeps free memory apart for each stream."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class SideStream:
     """A second stream of a device, whose work goes first. On a CPU it is no stream at all."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.stream = stream_of(device) if device.type == "cuda" else None
 
     @contextmanager
     def after(self, mark: Mark | None) -> Iterator[None]:
