@@ -6,6 +6,7 @@ There is no GPU here: `has_own_gpu` is made to say that there is one, so that wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.errors import UserError
 from specvlm.models.partition import Stage
 from specvlm.models.placement import apart
-from specvlm.models.side_stream import Mark
+from specvlm.models.side_stream import Mark, SideStream
 from specvlm.models.text_passes import TextPasses
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
@@ -57,6 +58,21 @@ EARLY = (UniformPruner(), RandomPruner(), FastVPruner(1), FastVPruner(2), FastVP
 @cache
 def pair(family: str) -> tuple[VideoLM, VideoLM]:
     return tiny.model(family, dtype=torch.float32), tiny.draft_of(family, dtype=torch.float32)
+
+
+def passed(name: str, rows: int, first: int = 1, last: int = LAYERS) -> list[str]:
+    return [f"{name} {rows} rows, layer {layer}" for layer in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class SightPruner(Pruner):
+    """A pruner that reads the target's vision tower."""
+
+    name = "sight"
+    needs = frozenset({"vision_attention", "features"})
+
+    def select(self, ctx):
+        return KeepSet.top(ctx.signal("vision_attention") + ctx.features.norm(dim=1), ctx.budget)
 
 
 def graph_of(family: str, pruner: Pruner, drafter: Drafter = DRAFTERS[0], verifier=VERIFIERS[0], **more: Any) -> DecodingGraph:
@@ -115,17 +131,15 @@ def ran(graph: DecodingGraph, log: list[str], prompt) -> list[str]:
     return log
 
 
-def passed(name: str, rows: int, first: int = 1, last: int = LAYERS) -> list[str]:
-    return [f"{name} {rows} rows, layer {layer}" for layer in range(first, last + 1)]
-
-
 # --- what the output is -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "pruner", "drafter", "verifier", "backend"),
-    covering(tiny.FAMILIES, (*EARLY, TwoStagePruner(), NonePruner()), DRAFTERS, VERIFIERS, (None, "direct", "exact")),
+    covering(
+        tiny.FAMILIES, (*EARLY, SightPruner(), TwoStagePruner(), NonePruner()), DRAFTERS, VERIFIERS, (None, "direct", "exact")
+    ),
     ids=str,
 )
 def test_rounds_are_those_of_a_draft_that_starts_afterwards(family, pruner, drafter, verifier, backend, monkeypatch):
@@ -188,6 +202,32 @@ def test_an_early_pruner_lets_the_draft_be_ready_with_the_first_token(family, pr
         "token",
     ]
     assert not [item for item in log[log.index("token") :] if "tower" in item or item == "select" or f" {kept} rows" in item]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "waits"),
+    [(UniformPruner(), None), (FastVPruner(1), passed("target", 10, last=1)[0]), (SightPruner(), "target's tower")],
+    ids=str,
+)
+def test_a_choice_waits_for_its_signals_and_not_for_what_is_queued_behind_them(pruner, waits, own_gpu, log, monkeypatch):
+    """A mark stands behind what was queued last when it was made."""
+
+    class FakeMark(Mark):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.behind = log[-1] if log else "target's tower"
+
+    class FakeStream(SideStream):
+        @contextmanager
+        def after(self, mark):
+            log.append(f"behind {None if mark is None else mark.behind}")
+            yield
+
+    monkeypatch.setattr(early_start, "Mark", FakeMark)
+    monkeypatch.setattr(early_start, "SideStream", FakeStream)
+    found = ran(graph_of("qwen2_5_vl", pruner), log, tiny.prompt("qwen2_5_vl"))
+    assert [item for item in found if item.startswith("behind")] == [f"behind {waits}"]
+    assert found[found.index(f"behind {waits}") + 1] == "select" and found.index("select") < found.index("token")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
