@@ -52,7 +52,8 @@ LAYERS = 3  # of a tiny model
 VERIFIERS = (GreedyVerifier(), CoupledVerifier(0.8, top_k=20), SamplingVerifier(0.8, top_k=20))
 DRAFTERS = (TreeDrafter("chain:3"), TreeDrafter("3x2x1"), OverlapDrafter("chain:3", ahead=2), DynamicTreeDrafter())
 (UV_PRUNE,) = (pruner for pruner in packages.strategies(Pruner) if pruner.name == "uv_prune")
-EARLY = (UniformPruner(), RandomPruner(), FastVPruner(1), FastVPruner(2), FastVPruner(1, "draft"), UV_PRUNE)
+(SPARSE,) = (type(pruner)((0, 1), (2.0, 1.0)) for pruner in packages.strategies(Pruner) if pruner.name == "sparsevlm")
+EARLY = (UniformPruner(), RandomPruner(), FastVPruner(1), FastVPruner(2), FastVPruner(1, "draft"), UV_PRUNE, SPARSE)
 
 
 @cache
@@ -423,6 +424,7 @@ def test_a_draft_has_a_gpu_of_its_own_unless_the_target_or_another_rank_uses_it(
         (FastVPruner(9), LAYERS),
         (FastVPruner(2, "draft"), 0),
         (UV_PRUNE, 1),
+        (SPARSE, 2),
         (TwoStagePruner(), LAYERS),
     ],
     ids=str,

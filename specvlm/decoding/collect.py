@@ -19,7 +19,7 @@ from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
-from specvlm.strategies.signals import LAYERED, WHOLE
+from specvlm.strategies.signals import LAYERED
 from specvlm.types import Features, TokenGrid, VideoPrompt, entering
 from specvlm.video.codec import Stream, read_stream
 
@@ -51,7 +51,7 @@ def attention_layers(pruner: Pruner, target: VideoLM) -> int:
 
 def layers_read(pruner: Pruner, target: VideoLM) -> int:
     """Return the number of the target's first layers that all signals of the pruner come from; 0 if none does."""
-    if pruner.needs & WHOLE:
+    if "verifier_attention" in pruner.needs:  # a mean over all layers
         return target.layers
     return max(state_layer(pruner, target), attention_layers(pruner, target))
 

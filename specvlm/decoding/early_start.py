@@ -171,10 +171,11 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         self._ready, self._can_choose = Mark(target.device), True
 
     def _own_collector(self, ahead: Ahead) -> AttentionCollector | None:
-        """Make a collector of the pruner's signals, with what the prefill has recorded in the vision tower."""
+        """Make a collector of the pruner's signals, with what the prefill has of them before its first layer."""
         found = collector_for(self.selection.pruner, self.selection.target, self.prompt) if self._needs else None
         if found is not None and ahead.collector is not None:
             found.sight = ahead.collector.sight
+            found.weigh_alike(ahead.collector)
         return found
 
     def _begin(self, queued: Mark) -> None:
