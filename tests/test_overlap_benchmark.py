@@ -8,12 +8,14 @@ import sys
 import pytest
 import tiny
 
+from experiments.overlap import start
 from experiments.overlap.__main__ import main
 from experiments.overlap.drafter import Given, GivenOverlapDrafter, GivenTreeDrafter, replayed, spread
 from experiments.overlap.report import hits, read, times
 from specvlm.advise.acceptance import Chances, Replay
 from specvlm.advise.advice import Candidate
 from specvlm.advise.overlap import Overlapped, outcomes, overlapped
+from specvlm.decoding import early_start
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.results.metrics import tokens_of
 from specvlm.strategies.pruners.uniform import UniformPruner
@@ -54,6 +56,19 @@ def test_it_measures_and_reports(tmp_path, monkeypatch):
     assert all(row["same_tokens"] and row["accepted_found"] == 2 for row in rows[1:])
     assert [row["hits_found"] for row in rows[1:]] == [None, 1.0, 0.0] and rows[2]["levels_ahead"] == 3
     assert len(list(times(rows))) == 4
+
+
+@pytest.mark.slow
+def test_starts_are_timed_in_both_orders(tmp_path, monkeypatch, capsys):
+    out, rule = tmp_path / "starts.jsonl", early_start.has_own_gpu
+    words = "--shape tiny --video-tokens 64 --device cpu --draft-device cpu --pruners uniform,fastv,uv_prune,two_stage"
+    monkeypatch.setattr(sys, "argv", ["start", *words.split(), "--out", str(out)])
+    start.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["pruner"] for row in rows] == ["uniform", "fastv", "uv_prune", "two_stage"]
+    assert all(row["same_tokens"] and row["beside"]["drafter_start_s"] > 0 for row in rows)
+    assert len([line for line in capsys.readouterr().out.splitlines() if "draft ready" in line]) == 4
+    assert early_start.has_own_gpu is rule
 
 
 def test_recorded_outcomes_are_those_that_are_reported_and_replayed():

@@ -65,6 +65,9 @@ class SparseVLMPruner(Pruner):
         last = written(self.schedule[-1])
         return [math.floor(budget * written(share) / last) for share in self.schedule]
 
+    def attention_layers(self, layers: int) -> int:
+        return min(max(self.layers) + 1, layers)
+
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """(T,) 1 for raters, 0 for other text tokens."""
         wide = torch.promote_types(text_TD.dtype, torch.float32)

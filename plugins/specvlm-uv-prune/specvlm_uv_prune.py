@@ -26,8 +26,8 @@ class UVPrunePruner(Pruner):
     normalized text; a mean instead of a sum does not change the order. The target's prefill provides both
     (`text_similarity`).
 
-    Deviations: none. The paper's drafter starts while the target still prefills; here it starts afterwards, on the same
-    tokens.
+    Deviations: none. The paper's drafter starts while the target still prefills; so it does here with a draft on a GPU of
+    its own, elsewhere it starts afterwards on the same tokens.
 
     Signals: text_similarity. Cost: one (N, D) tensor of the target held until its prefill ends, N x D operations there,
     and a sort of N here. Limits: the text is everything after the last video, including the chat template; several

@@ -19,6 +19,7 @@ from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.models.vision_probe import HiddenStateProbe, VisionProbe
 from specvlm.strategies import CODEC_SIGNALS, STATE_SIGNALS, Pruner
+from specvlm.strategies.signals import LAYERED
 from specvlm.types import Features, TokenGrid, VideoPrompt, entering
 from specvlm.video.codec import Stream, read_stream
 
@@ -36,6 +37,32 @@ def state_layer(pruner: Pruner, target: VideoLM) -> int:
     if not 1 <= layer <= target.layers:
         raise UserError(f"pruner={pruner.name} reads states after {layer} layers, but the target has {target.layers}")
     return layer
+
+
+def attention_layers(pruner: Pruner, target: VideoLM) -> int:
+    """Return how many of the target's first layers the pruner reads attention of. Raises UserError for an invalid number."""
+    if not pruner.needs & LAYERED:
+        return 0
+    layers = pruner.attention_layers(target.layers)
+    if type(layers) is not int or not 1 <= layers <= target.layers:
+        raise UserError(f"pruner={pruner.name} reads attention of {layers!r:.20} layers, but the target has {target.layers}")
+    return layers
+
+
+def layers_read(pruner: Pruner, target: VideoLM) -> int:
+    """Return the number of the target's first layers that all signals of the pruner come from; 0 if none does."""
+    if "verifier_attention" in pruner.needs:  # a mean over all layers
+        return target.layers
+    return max(state_layer(pruner, target), attention_layers(pruner, target))
+
+
+def signals_for(
+    pruner: Pruner, target: VideoLM, prompt: VideoPrompt, collector: AttentionCollector | None, features: Tensor | Features
+) -> dict[str, Tensor]:
+    """Return the signals of the target and of the video file that a pruner needs, of the layers that it reads."""
+    most = attention_layers(pruner, target)
+    found = gathered(pruner.needs, prompt, collector, features)
+    return {name: signal[:most] if name in LAYERED else signal for name, signal in found.items()}
 
 
 def collector_for(

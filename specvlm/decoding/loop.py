@@ -6,36 +6,37 @@ embed → prefill the target → select → start the drafter → (propose → s
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specvlm.decoding.broadcast import BroadcastSession
 from specvlm.decoding.budget import sharing
-from specvlm.decoding.collect import collector_for, draft_attention, gathered, state_layer
+from specvlm.decoding.collect import attention_layers, gathered, state_layer
+from specvlm.decoding.early_start import early_start
 from specvlm.decoding.logprobs import with_logprobs
 from specvlm.decoding.output import Output
 from specvlm.decoding.prefill import Prefill
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.proposals import Proposals
 from specvlm.decoding.scheduler import alone
+from specvlm.decoding.selection import RECORDED, Selection
 from specvlm.decoding.timing import Clock
 from specvlm.engine import Engine
 from specvlm.engine.adjusted import penalty_for
 from specvlm.engine.base import Request, first_token
-from specvlm.errors import UserError, line
+from specvlm.errors import UserError
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.passes import Job
 from specvlm.models.pauses import Pause
 from specvlm.models.video_lm import VideoLM
-from specvlm.strategies import DraftContext, Drafter, DraftSession, PruneContext, Pruner, Verifier
+from specvlm.strategies import DraftContext, Drafter, DraftSession, Pruner, Verifier
 from specvlm.strategies.fence import checked_tree, claims_of, inside, sizes_of
 from specvlm.types import Features, GenerationOptions, KeepSet, Step, VideoPrompt
-
-RECORDED = frozenset({"verifier_attention"})
 
 
 def generator_for(seed: int) -> torch.Generator:
@@ -109,14 +110,6 @@ def autoregressive_work(
             times_s = clock.lap()
 
 
-class View(NamedTuple):
-    """Number of video tokens that the drafter may see, and who chooses them: the drafter, the pruner, or neither."""
-
-    budget: int
-    own: bool  # the drafter chooses them itself
-    pruned: bool  # the pruner chooses them
-
-
 @dataclass
 class DecodingGraph:
     """A target, a draft and three strategies that decode requests. Safe to share between requests and threads.
@@ -147,6 +140,7 @@ class DecodingGraph:
         if self.drafter.model == "draft" and self.draft is None:
             raise UserError(f"drafter={self.drafter.name} needs a draft model")
         state_layer(self.pruner, self.target)
+        attention_layers(self.pruner, self.target)
         # Read only once: they decide how the output is checked.
         self.lossless, self.sampling = claims_of(self.verifier)
         self.joins = self.lossless and (self.sampling.coupled or not self.sampling.temperature)
@@ -172,19 +166,21 @@ class DecodingGraph:
         asked, clock = self.options.asked(options), Clock(target.device)
         stop_ids, generator = asked.stop_ids_or(target.stop_ids), generator_for(asked.seed)
         output = Output.of(target, asked)
-        most, _ = sizes_of(drafter)
-        view = self._view(prompt, asked.ratio)
+        (most, rows), selection = sizes_of(drafter), self._selection
+        view = selection.view(prompt, asked.ratio)
         with (
             self.caches.lease() as lease,
             self.caches.lease(drafter=True) as drafts,
             sharing(self.engine, target, self._drafts, drafter, self.joins) as share,
+            early_start(selection, prompt, view, asked, generator, rows + 2, self.joins) or nullcontext() as early,
         ):
             cache = lease.take("target", target, len(prompt) + asked.max_new_tokens + most)
             penalty = penalty_for(target, prompt, asked)
-            collector, dice = self._collector(prompt, view, asked.record), verifier_generator(asked.seed)
+            collector = selection.collector(prompt, view, asked.record, self.verifier.reads_hidden)
+            dice = verifier_generator(asked.seed)
             rule = (verifier, self.sampling, penalty, dice, stop_ids)
             request = Request(target, cache, *rule, clock.mark, None, self.lossless, asked.seed, len(prompt))
-            filling = Prefill(target, prompt, cache, clock, self.engine, collector, prefixes or self.prefixes)
+            filling = Prefill(target, prompt, cache, clock, self.engine, collector, prefixes or self.prefixes, early)
             filled = yield from filling.run()
             features_ND, logits_MV, reused, _ = filled
             copy = filled.copy(prompt)  # for strategies; copied while the GPU is still busy with the prefill
@@ -199,7 +195,9 @@ class DecodingGraph:
             attention = recorded.get("verifier_attention")
             clock.resume()
             penalty.add([token])
-            keep = self._select_on_rank0(copy, view, collector, features_ND, generator)
+            keep = early.chosen() if early is not None else None
+            if keep is None:
+                keep = selection.on_rank0(copy, view, collector, features_ND, generator)
             clock.mark("prune")
             context = DraftContext(
                 prompt=copy,
@@ -219,7 +217,7 @@ class DecodingGraph:
                 captured=self.engine.captures,
                 seed=request.key(0)[0] if self.sampling.coupled else None,
                 next_shape=share.next_shape if share.budget else None,
-                prefill=filled.drafting(self.engine, self.pruner, self.joins),
+                prefill=early if early is not None and early.begun else filled.drafting(self.engine, self.pruner, self.joins),
             )
             session = self._session(context)
             if self.draft is not None and drafter.model == "draft":
@@ -264,42 +262,12 @@ class DecodingGraph:
 
     def budget(self, prompt: VideoPrompt, ratio: float | None = None) -> int:
         """Return the number of video tokens that the drafter may see. ratio: By default that of the graph's options."""
-        return self._view(prompt, self.options.ratio if ratio is None else ratio).budget
+        return self._selection.view(prompt, self.options.ratio if ratio is None else ratio).budget
 
-    def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""
-        total = len(prompt.video_index)
-        with inside(self.drafter):
-            own = self.drafter.own_budget(prompt.copy(pixels=False))
-        if own is not None:
-            return View(own, own=True, pruned=False)
-        budget = total if self.pruner.keeps_all else KeepSet.budget(total, ratio)
-        return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
-
-    def _collector(self, prompt: VideoPrompt, view: View, record: bool) -> AttentionCollector | None:
-        """Make the collector of the signals of the target's prefill; None if none is read, or there is no video."""
-        if not len(prompt.video_index):
-            return None
-        pruner = self.pruner if view.pruned else None
-        more = self.drafter.needs | (RECORDED if record else frozenset())
-        return collector_for(pruner, self.target, prompt, more, self.verifier.reads_hidden)
-
-    def _select_on_rank0(
-        self,
-        prompt: VideoPrompt,
-        view: View,
-        collector: AttentionCollector | None,
-        features_ND: Tensor | Features,
-        generator: torch.Generator,
-    ) -> KeepSet:
-        """Run `select` on rank 0 and on ranks with a draft, or on all if there is none, then use rank 0's choice everywhere."""
-        ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
-        keep = self.select(prompt, collector, features_ND, generator, view) if here or not ranks.rank else None
-        if ranks.size > 1:
-            keep, state = ranks.share(lambda: (keep and keep.cpu(), generator.get_state()))
-            generator.set_state(state)
-        assert keep is not None
-        return keep
+    @property
+    def _selection(self) -> Selection:
+        """Chooses the video tokens that the drafter sees."""
+        return Selection(self.pruner, self.drafter, self.target, self._drafts, self.caches)
 
     def select(
         self,
@@ -307,24 +275,7 @@ class DecodingGraph:
         collector: AttentionCollector | None,
         features_ND: Tensor | Features,
         generator: torch.Generator,
-        view: View | None = None,
     ) -> KeepSet:
-        """Ask the pruner which video tokens to keep; keep all or none without asking if `view` says so.
-
-        view: By default that of the graph's options. Raises ValueError unless the pruner's `KeepSet` fits its budget.
-        """
-        total, (budget, _, pruned) = len(prompt.video_index), view or self._view(prompt, self.options.ratio)
-        if not pruned:
-            return KeepSet.everything(total) if budget else KeepSet(torch.empty(0, dtype=torch.int64), total)
-        signals = gathered(self.pruner.needs, prompt, collector, features_ND)
-        if "draft_attention_last_row" in self.pruner.needs:
-            features = features_ND if self._drafts is self.target else None
-            signals["draft_attention_last_row"] = draft_attention(self._drafts, prompt, features, self.pruner, self.caches)
-        context = PruneContext(prompt.grids, budget, signals, generator, self.target.device)
-        with inside(self.pruner):
-            keep = self.pruner.select(context)
-            if not isinstance(keep, KeepSet) or keep.total != total or len(keep.index) > budget:
-                kept = f"kept {len(keep.index)} of {keep.total} tokens" if isinstance(keep, KeepSet) else ""
-                got = kept or f"gave a {type(keep).__name__}"
-                raise ValueError(f"pruner {self.pruner.name} {got}, its budget was {budget} of {total}")
-            return KeepSet(keep.index, total, keep.pool, line(str(keep.note)))  # a subclass may have skipped KeepSet's checks
+        """Ask the pruner which video tokens to keep at the graph's ratio; see `Selection.select`."""
+        view = self._selection.view(prompt, self.options.ratio)
+        return self._selection.select(prompt, view, collector, features_ND, generator)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specvlm.decoding.draft_prefix import ReusedDraftPrefill
+from specvlm.decoding.early_start import Ahead, EarlyStart
 from specvlm.decoding.prefix_entries import Ending, Entry, Match
 from specvlm.decoding.prefixes import PrefixStore
 from specvlm.decoding.timing import Clock
@@ -39,6 +40,7 @@ class Prefill:
         engine: Runs the passes.
         collector: Collects signals on the way; None if none are needed.
         prefixes: What earlier requests have computed; None to compute all and to keep nothing.
+        early: Starts the draft beside it, unless the videos are known.
     """
 
     target: VideoLM
@@ -48,6 +50,7 @@ class Prefill:
     engine: Engine
     collector: AttentionCollector | None = None
     prefixes: PrefixStore | None = None
+    early: EarlyStart | None = None
 
     def run(self) -> Pauses[Prefilled]:
         """Fill the cache, with pauses in between."""
@@ -129,7 +132,18 @@ class Prefill:
         more = match is not None and match.slots > prompt.cut
         refill = (lambda: match.write(cache, prompt.cut, match.slots)) if more and match is not None else None
         inputs = (embeds_QD, positions_AS[:, begin:])
-        return (yield from self.engine.prefilling(target, prompt, inputs, cache, self.collector, refill))
+        passing = self.engine.prefilling(target, prompt, inputs, cache, self.collector, refill)
+        if self.early is not None and begin < prompt.cut:
+            rows = embeds_QD[prompt.cut - begin :], positions_AS[:, prompt.cut :].to(target.device)
+            inner = DraftPrefill() if match is None else self._reused(match, self.early)
+            ahead = Ahead(features_ND, self.collector, cache, rows)
+            passing = self.early.beside(passing, ahead, inner, self.early.free or match is None)
+        return (yield from passing)
+
+    def _reused(self, match: Match, early: EarlyStart) -> DraftPrefill:
+        """Return what prefills the draft behind what the store has."""
+        assert self.prefixes is not None
+        return ReusedDraftPrefill(self.prefixes, match.keys, self.engine, early.selection.pruner, early.free)
 
     def _copied(self, match: Match, ending: Ending) -> Tensor:
         """Take over all that a prefill of the same prompt has left. Returns the next token's logits, (1, V)."""

@@ -179,6 +179,10 @@ class AttentionCollector:
         parts = [*(x for found in kept for x in found.values()), *self._hidden, *(self.sight.parts if self.sight else ())]
         return sum(part.nbytes for part in parts) + (self.states.nbytes if self.states else 0)
 
+    def weigh_alike(self, other: Self) -> None:
+        """Take over the row weights of another collector of the same prompt."""
+        self._weights_Q = other._weights_Q
+
     def weigh_rows(self, embeds: Tensor | Features, features: Tensor | Features, ranks: ProcessGroup) -> None:
         """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are not usable."""
         if self.weigh is None:

@@ -145,8 +145,7 @@ class KVCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write a layer's rows (1, H, Q, D) from slot `length` on; return its keys and values up to their end.
 
-        Does not change `length`: call `advance` when all layers have run.
-        """
+        `length` stays, until `advance`."""
         start, (keys, values) = self.length, self._layers[layer_idx]
         end = start + key.shape[2]
         keys[:, :, start:end] = key
@@ -175,19 +174,14 @@ class KVCache:
         self.length = end
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Move rows as `keep` does, with indices on the device, so that a CUDA graph can capture it.
-
-        Does not set `length`.
-        """
+        """Move rows as `keep` does, with indices on the device for a CUDA graph; does not set `length`."""
         for store in self.stores:
             store.move(base_1.to(store.keys.device), path_D.to(store.keys.device))
 
     def copy(self, source: KVCache) -> None:
         """Fill this cache, which must be empty, with all rows of another cache of the same model."""
-        for mine, theirs in zip(self.stores, source.stores, strict=True):
-            for to, rows in zip(mine, theirs, strict=True):
-                to[:, :, :, : source.length] = rows[:, :, :, : source.length]
-        self.length, self.offset = source.length, source.offset
+        self.follow(source, 0)
+        self.offset = source.offset
 
     def gather(self, source: KVCache, slots_LHK: Tensor) -> None:
         """Fill this cache, which must be empty, with rows of another cache of the same model.
@@ -340,6 +334,12 @@ class CacheLease(AbstractContextManager["CacheLease"]):
     def has(self, cache: object) -> bool:
         """Whether the lease took this very cache."""
         return any(taken is cache for taken in self._taken.values())
+
+    def hand_over(self, role: str, other: CacheLease) -> None:
+        """Hand a cache over to another lease. Raises ValueError if that has one for the role."""
+        if role in other._taken:
+            raise ValueError(f"the request has a cache for {role!r} already")
+        other._taken[role] = self._taken.pop(role)
 
     def release(self) -> None:
         """Give all caches back."""

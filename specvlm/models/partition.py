@@ -112,7 +112,7 @@ def layer_by_layer(
                 states.observe(number, hidden[0])
             if added_QLD is not None and number <= added_QLD.shape[1]:
                 hidden = hidden + added_QLD[:, number - 1].to(hidden.device)
-            yield Pause(stage.device)
+            yield Pause(stage.device, layer=number, rows=hidden.shape[1])
     with forms.of(text.norm):
         return text.norm(hidden)
 

@@ -19,10 +19,14 @@ class Pause:
     Attributes:
         device: Device of the work so far.
         waits: Whether it waits for another request, so that going on at once would be of no use.
+        layer: Number of the language model's layers that have run in this pass; 0 outside of them.
+        rows: Rows of the pass.
     """
 
     device: torch.device
     waits: bool = False
+    layer: int = 0
+    rows: int = 0
 
 
 def finished(work: Generator[Any, Any, T], run: Callable[[Any], Any] = lambda pause: None) -> T:

@@ -1,10 +1,16 @@
 """Devices of target and draft."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from specvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from specvlm.models.video_lm import VideoLM
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,9 @@ def device_of(name: str | torch.device, key: str = "device", otherwise: str = "d
         count = torch.cuda.device_count()
         raise UserError(f"{key}={name}: there are {count} CUDA devices here; use {otherwise}")
     return torch.device("cuda", device.index or 0)
+
+
+def apart(draft: VideoLM, target: VideoLM) -> bool:
+    """Whether the model that drafts has its devices for itself, and shares its layers with no other rank."""
+    shared = {stage.device for stage in draft.stages} & {stage.device for stage in target.stages}
+    return draft.ranks.size == 1 and not shared

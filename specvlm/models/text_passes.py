@@ -143,6 +143,27 @@ class TextPasses(Family):
             collector.gather(self.ranks)
         return hidden_QD[-1]
 
+    def look_ahead(
+        self,
+        embeds_QD: Tensor | Features,
+        positions_AQ: Tensor,
+        cache: KVCache,
+        collector: AttentionCollector | None,
+        start: int,
+        layers: int,
+    ) -> None:
+        """Run rows through the first layers only, for what a collector reads there.
+
+        They are written to the slots from `start` on, but do not count: the pass that computes them whole comes later.
+        """
+        states, length = None if collector is None else collector.states, cache.length
+        cache.length = start
+        passing = self._layers(embeds_QD, positions_AQ, cache, None, collector, states)
+        for _ in range(layers):
+            next(passing)
+        passing.close()
+        cache.length = length
+
     def append_hidden(
         self,
         tokens_Q: Tensor,

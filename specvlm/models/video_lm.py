@@ -209,11 +209,13 @@ class VideoLM(TextPasses):
         slots_FP = torch.arange(grid.cells, device=self.device).unflatten(0, (grid.frames, grid.per_frame))
         for part in chosen.split(max(1, PATCHES // patches)) if len(chosen) else ():
             first, end = int(part[0]), int(part[-1]) + 1
-            some = pixels[first:end] if end - first == len(part) else pixels[part]  # a slice needs no copy
-            slots, rows = slots_FP[part.to(self.device)].flatten(), encode(self._entering(some)).to(self.dtype)
-            if len(rows) != len(slots):
+            # A slice needs no copy, nor an index for whose copy the host would wait until the pass before has ended.
+            together = end - first == len(part)
+            slots = slots_FP[first:end] if together else slots_FP[part.to(self.device)]
+            rows = encode(self._entering(pixels[first:end] if together else pixels[part])).to(self.dtype)
+            if len(rows) != slots.numel():
                 raise ValueError(f"encode gives {len(rows)} rows for {len(part)} frames of {grid.per_frame} tokens")
-            found[slots] = rows
+            found[slots.flatten()] = rows
         return found
 
     def _entering(self, pixels: Tensor) -> Tensor:

@@ -151,6 +151,12 @@ class HiddenStateProbe:
         """Go on after rows whose hidden states are known. start: slot of the next row; video: states of video tokens."""
         self._start, self._video = start, video
 
+    def ahead(self) -> Self:
+        """Make a probe that goes on with the text while this one still records: it shares the video tokens' states."""
+        other = type(self)(self.video_index, self.cut, self.layer, self._norm_D)
+        other.resume(self._start, [*self._video])
+        return other
+
     def adopt(self, other: Self) -> None:
         """Copy what another probe of the same prompt and layer has recorded."""
         for name in ("_entering", "_video", "_text"):

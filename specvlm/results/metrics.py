@@ -36,7 +36,7 @@ KEYS = {
     "hit_rate": "share of rounds whose tree was drafted, at least in part, while the one before was checked; null if the "
     "drafter did not guess on",
     "time_to_first_token_s": "embed + prefill, seconds",
-    "drafter_start_s": "prune + draft_prefill, after the first token, seconds; 0 if nothing is drafted",
+    "drafter_start_s": "prune + draft_prefill after the first token, not what ran before, seconds; 0 if nothing is drafted",
     "decode_s": "drafting and verification of all rounds, without both prefills, seconds (the paper's measure)",
     "end_to_end_s": "time_to_first_token_s + drafter_start_s + decode_s; reading the video is in times_s.video",
     "file_to_first_token_s": "wall time from opening the file to the first token: times_s.video + time_to_first_token_s; "

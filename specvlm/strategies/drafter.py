@@ -38,6 +38,22 @@ class DraftPrefill:
         """Fill an empty cache with the pruned prompt. inputs: from `VideoLM.pruned`, of all features and `keep`."""
         model.prefill(*inputs, cache)
 
+    def start(self, ctx: DraftContext, model: VideoLM, rows: int) -> KVCache:
+        """Take a session's cache, named "draft", and fill it with the pruned prompt.
+
+        Args:
+            ctx: Context of the session.
+            model: Its model.
+            rows: Slots behind those of prompt and answer.
+        """
+        features = ctx.features_ND if model is ctx.target else None
+        if features is None:
+            features = self.features(model, ctx.prompt, ctx.keep)
+        inputs = model.pruned(ctx.prompt, features, ctx.keep, ctx.positions)
+        cache = ctx.caches.take("draft", model, len(inputs[0]) + ctx.max_new_tokens + rows)
+        self.fill(model, inputs, cache, ctx.prompt, ctx.keep)
+        return cache
+
 
 @dataclass(frozen=True, eq=False)
 class DraftContext:
@@ -147,10 +163,13 @@ class Drafter(Strategy, ABC):
 
     Attributes:
         model: Whose weights the drafter runs: "draft", "target", or None without a model.
+        prefills: Whether sessions get their cache from `DraftContext.prefill.start`, with at most `max_rows` + 2 rows.
+            On a GPU of its own the draft then starts while the target's prefill runs.
     """
 
     kind = "drafter"
     model: ClassVar[str | None] = "draft"
+    prefills: ClassVar[bool] = False
 
     @property
     @abstractmethod

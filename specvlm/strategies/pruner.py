@@ -194,6 +194,20 @@ class Pruner(Strategy, ABC):
         """
         return 0
 
+    def attention_layers(self, layers: int) -> int:
+        """Return how many of the target's first layers `select` reads attention of, by signals with a row per layer.
+
+        With fewer than all, those signals have only these rows, and a draft on a GPU of its own starts while the
+        target's later layers run.
+
+        Args:
+            layers: Number of layers of the target.
+
+        Returns:
+            1 to `layers`; by default all.
+        """
+        return layers
+
     def row_weights(self, text_TD: Tensor, features_ND: Tensor) -> Tensor:
         """Weight the text tokens whose attention makes up the signal "verifier_attention_weighted".
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specvlm.strategies import SIGNALS, STATE_SIGNALS, PruneContext, Pruner
 from specvlm.strategies.registry import RESERVED
-from specvlm.strategies.signals import axes_of
+from specvlm.strategies.signals import LAYERED, axes_of
 from specvlm.testing.contract import devices, made, other_global_state, seeded
 from specvlm.types import KeepSet, TokenGrid
 
@@ -59,9 +59,9 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
 
     Checks: the budget is kept, or all tokens if `keeps_all` is set; the result is on the right device; rows of `pool`
     sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs are not
-    changed; the names of fields and signals are allowed; `draft_layers`, `state_layer` and `row_weights` fit `needs`; a
-    missing signal raises a ValueError that names it. A pruner may refuse several videos, but only with a ValueError
-    whose message is a sentence.
+    changed; the names of fields and signals are allowed; `draft_layers`, `state_layer`, `attention_layers` and
+    `row_weights` fit `needs`; a missing signal raises a ValueError that names it. A pruner may refuse several videos, but
+    only with a ValueError whose message is a sentence.
 
     Args:
         pruner: A class or an instance. The class must work without arguments.
@@ -92,7 +92,7 @@ def _check_fields(cls: type[Pruner]) -> None:
 
 
 def _check_needs(pruner: Pruner) -> None:
-    """Check `needs`, and the members that certain signals require: `draft_layers`, `state_layer` and `row_weights`."""
+    """Check `needs`, and the members that certain signals require: `draft_layers`, `state_layer` and the like."""
     needs = pruner.needs
     assert isinstance(needs, frozenset), f"{pruner!r}: needs must be a frozenset of names, got {needs!r}"
     unknown = sorted(needs - SIGNALS.keys())
@@ -105,6 +105,11 @@ def _check_needs(pruner: Pruner) -> None:
         layer = pruner.state_layer(layers)
         assert isinstance(layer, int) and 1 <= layer <= layers, (
             f"{pruner!r}: state_layer({layers}) is {layer!r}; it must be 1 to {layers} for {sorted(needs & STATE_SIGNALS)}"
+        )
+    for layers in (1, 4, LAYERS) if needs & LAYERED else ():
+        read = pruner.attention_layers(layers)
+        assert type(read) is int and 1 <= read <= layers, (
+            f"{pruner!r}: attention_layers({layers}) is {read!r}; it must be 1 to {layers} for {sorted(needs & LAYERED)}"
         )
     if "verifier_attention_weighted" in needs:
         _check_row_weights(pruner)
@@ -137,7 +142,7 @@ def _contexts(pruner: Pruner) -> Iterator[tuple[PruneContext, str]]:
 
 def _signal(name: str, total: int, kind: str, dtype: torch.dtype, pruner: Pruner) -> Tensor:
     """Make a signal of the shape that SIGNALS lists."""
-    layers = pruner.draft_layers if name.startswith("draft_") else LAYERS
+    layers = pruner.draft_layers if name.startswith("draft_") else pruner.attention_layers(LAYERS)
     sizes = {"N": total, "L": layers, "D": WIDTH, "T": 6, "J": 4}
     shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in axes_of(name)]
     if kind == "random":

@@ -47,7 +47,8 @@ class Step:
             round 0, and if the target decodes alone.
         verdict: The verifier's verdict, before the output was cut. None if `tree` is.
         times_s: Seconds per stage since the previous step, without the caller's time in between. The stages are embed,
-            prefill, prune, draft_prefill, draft, verify, and capture when the engine captured a CUDA graph.
+            prefill, prune, draft_prefill, draft, verify, and capture when the engine captured a CUDA graph. Of a draft's
+            start, prune and draft_prefill have what follows the first token, not what ran beside the prefill.
         keep: Video tokens that the drafter sees. Set only in the first drafted step, and only if the drafter runs a
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if

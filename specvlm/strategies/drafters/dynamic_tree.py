@@ -54,6 +54,7 @@ class GrownTreeDrafter(Drafter):
         nodes: Maximum number of guesses per round.
     """
 
+    prefills = True
     nodes: int
 
     @abstractmethod

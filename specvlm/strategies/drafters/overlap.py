@@ -19,6 +19,7 @@ from torch import Tensor
 from specvlm.errors import UserError
 from specvlm.models.host_copy import HostCopy
 from specvlm.models.passes import Routine, Work
+from specvlm.models.placement import apart
 from specvlm.strategies import DraftContext, Sampling
 from specvlm.strategies.drafters.ahead import Plan, guess, plan_of, take
 from specvlm.strategies.drafters.pruned import drafting_model
@@ -151,8 +152,7 @@ class OverlapSession(TreeSession):
         sample = rule is not None and not rule.coupled
         self.plan: Plan = plan_of(shape, more, sample, model.head_device)
         super().__init__(ctx, model, shape, rule, self.plan.rows, more)
-        apart = model.ranks.size == 1 and model.head_device not in [stage.device for stage in ctx.target.stages]
-        limit, self.fitting = drafter.ahead or (DEEPEST + 1 if apart else 0), not drafter.ahead
+        limit, self.fitting = drafter.ahead or (DEEPEST + 1 if apart(model, ctx.target) else 0), not drafter.ahead
         self.depth, self.pace = len(shape.levels), Pace()
         self.expanded = torch.tensor([node for level in shape.levels for node in level], device=self.device)
         self.others = torch.zeros(len(self.expanded), more, dtype=torch.int64, device=self.device)

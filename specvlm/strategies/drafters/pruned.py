@@ -32,13 +32,7 @@ class PrunedSession(DraftSession):
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:
         self.ctx, self.model, self.device = ctx, model, model.head_device
-        prompt, keep = ctx.prompt, ctx.keep
-        features = ctx.features_ND if model is ctx.target else None
-        if features is None:
-            features = ctx.prefill.features(model, prompt, keep)
-        inputs = model.pruned(prompt, features, keep, ctx.positions)
-        self.cache = ctx.caches.take("draft", model, len(inputs[0]) + ctx.max_new_tokens + rows + 2)
-        ctx.prefill.fill(model, inputs, self.cache, prompt, keep)
+        self.cache = ctx.prefill.start(ctx, model, rows + 2)
         # Key of the coupled rule's noise: the seed, and the slot of the answer's first token.
         self.noise = (ctx.seed or 0, self.cache.length)
         self.root = self.cache.length - 1  # slot of the last root; at first, slot of the prompt's last token

@@ -61,6 +61,7 @@ class TreeDrafter(Drafter):
     paper = "SpecVLM (arXiv 2508.16201)"
     fidelity = "exact"
     model = "draft"
+    prefills = True
     shape: str = "paper"
     children: str = "auto"
     costs: str = ""

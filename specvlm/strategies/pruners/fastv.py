@@ -55,6 +55,9 @@ class FastVPruner(Pruner):
     def draft_layers(self) -> int:
         return self.layer if self.source == "draft" else 0
 
+    def attention_layers(self, layers: int) -> int:
+        return min(self.layer, layers)
+
     def select(self, ctx: PruneContext) -> KeepSet:
         scores_LN = ctx.signal(SOURCES[self.source])
         if self.layer > len(scores_LN):
