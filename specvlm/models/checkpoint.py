@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 MOST_PARTS = 1000  # maximum number of layers, experts or labels in a config.json, since code loops over them
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
-LARGEST = 2**31  # largest other whole number in a config.json; the smallest number is its negative
+LARGEST = 2**31  # largest absolute value of any other whole number in a config.json
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # arguments of from_pretrained
 PACKAGES = {"quark": "amd-quark"}  # quantisation methods whose package has a different name
 
@@ -85,7 +85,7 @@ def config_of(folder: Path) -> Any:
 
 
 def check_numbers(folder: Path, found: Any, key: str = "") -> None:
-    """Raise UserError if config.json has absurdly large numbers, with which building the model would never end.
+    """Raise UserError if config.json has numbers so large that building the model would never finish.
 
     Args:
         folder: The model folder, for messages.

@@ -152,7 +152,7 @@ def _ours(name: str) -> bool:
 
 
 def _theirs(owner: Any, now: Any) -> bool:
-    """Whether a change is one of torch's or transformers': both replace functions of torch, for example to compile.
+    """Whether torch or transformers made a change: both replace functions of torch, for example to compile.
 
     owner: The module or class that was changed. now: its new value.
     """
@@ -209,7 +209,7 @@ class Snapshot:
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Return ids of callables set on the pool, a cache or the engine, and of caches that are no whole KVCache."""
+        """Return ids of callables set on the pool, a cache or the engine, and of caches that are not intact."""
         held = self.caches.held
         own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
         odd = [cache for cache in held if type(cache) is not KVCache or not cache.whole]

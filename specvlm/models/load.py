@@ -47,8 +47,8 @@ def opened(path: str | Path, weights: bool, revision: str | None = None) -> Chec
     """Read everything in a checkpoint folder except the weights.
 
     From the hub, the weight files are downloaded only if `weights` is set, or if config.json gives no dtype. A missing
-    weight file is an error if the weights are needed, or if a local folder holds some of them. A local folder without
-    any is enough for a report.
+    weight file is an error if the weights are needed, or if a local folder holds some of them. If they are not needed,
+    a local folder may lack all of them.
 
     Raises:
         UserError: Something in the folder cannot be used.
@@ -79,7 +79,7 @@ def skeleton(path: str | Path, mrope: str = "hf", revision: str | None = None) -
         UserError: The folder cannot be used.
     """
     found = opened(path, weights=False, revision=revision)
-    with explained(f"{found.folder}: no model can be made of its config.json"):
+    with explained(f"{found.folder}: no model can be built from its config.json"):
         hf = _on_meta(found.config).eval()
         hf.generation_config = found.generation or hf.generation_config
         model = found.family(hf, found.tokenizer, found.folder, mrope)
@@ -225,7 +225,7 @@ def try_out(model: VideoLM) -> None:
 
 @contextmanager
 def _doubted(model: VideoLM) -> Iterator[None]:
-    """Tell an error of Hugging Face's forward on inputs that a plugin's family made. Raises PluginError."""
+    """Turn an error of Hugging Face's forward on inputs that a plugin's family made into a PluginError."""
     try:
         yield
     except Exception as error:
@@ -237,7 +237,7 @@ def _doubted(model: VideoLM) -> Iterator[None]:
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:
-    """Return the argument that asks a model for the last logits alone; none if its forward always computes all."""
+    """Return the argument with which a model computes only the last logits; empty if it always computes all."""
     return {"logits_to_keep": count} if "logits_to_keep" in signature(hf.forward).parameters else {}
 
 

@@ -153,12 +153,12 @@ class Call:
     Attributes:
         routine: Routine to run.
         state: Integers passed to the routine.
-        inputs: Tensors passed to the routine. None takes the routine's own input.
+        inputs: Tensors passed to the routine. Each None stands for the routine's own input.
         guard: Makes a context manager, entered whenever the routine's own code runs: several times, never nested.
         check: Called with each pass of the routine; raises if the pass cannot run.
         ours: Whether the drafter, its session and the function all belong to specvlm.
-        joins: Whether its passes may run together with other requests', which rounds them otherwise. False where guesses
-            change what is sampled.
+        joins: Whether its passes may run together with those of other requests, which changes their rounding. False if
+            guesses affect what is sampled.
     """
 
     routine: Routine
@@ -209,9 +209,9 @@ class Call:
 def guarded(
     work: Generator[Any, Any, T], guard: AbstractContextManager[Any], checked: Callable[[object], Y]
 ) -> Generator[Y, Any, T]:
-    """Drive a generator under a guard and yield what `checked` makes of its items, outside of the guard.
+    """Drive a generator under a guard; outside the guard, yield its items as `checked` returns them.
 
-    guard: Entered whenever the generator's code runs, one time after the other.
+    guard: Entered whenever the generator's code runs: several times, never nested.
     """
     result: Any = None
     while True:

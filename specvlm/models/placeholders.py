@@ -26,7 +26,7 @@ class Spelling:
     images: Sequence[str] = ()
 
     def __call__(self, text: str) -> str:
-        """Replace the marks of a text. More marks than there are texts stay; a mark that is no text is nowhere."""
+        """Replace the marks in a text, in order. Marks beyond the number of texts stay; an empty mark is skipped."""
         pairs = zip(self.marks, (self.videos, self.images), strict=True)
         left = {mark: iter(texts) for mark, texts in pairs if mark and texts}
         pattern = "|".join(map(re.escape, left))

@@ -53,7 +53,7 @@ class Hooks:
 
     @hookspec
     def specvlm_families(self) -> dict[str, str]:  # type: ignore[empty-body]
-        """Return the model families of this plugin: for each `model_type`, where its class is, as "module:Class"."""
+        """Return the model families of this plugin, as a dict from `model_type` to "module:Class"."""
 
 
 class PluginError(UserError):
@@ -131,7 +131,7 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
         plugin: The plugin's module, or any object with a method marked as hook.
 
     Returns:
-        The classes that the hook returns, unchecked; none if the plugin brings model families alone.
+        The classes that the hook returns, unchecked; none if the plugin provides only model families.
 
     Raises:
         PluginError: The plugin implements no hook or an unknown one, or its hook does not return a list.
@@ -177,7 +177,7 @@ def report(label: str, reason: str, cause: BaseException | None = None) -> None:
 
 
 def traced(said: str, cause: BaseException) -> PluginError:
-    """Make the error for a fault in a plugin's code. Its traceback is logged if SPECVLM_PLUGIN_TRACEBACK=1 is set."""
+    """Make a PluginError for an error in a plugin's code. Logs its traceback if SPECVLM_PLUGIN_TRACEBACK=1 is set."""
     if os.environ.get("SPECVLM_PLUGIN_TRACEBACK") != "1":
         return PluginError(f"{said} (SPECVLM_PLUGIN_TRACEBACK=1 shows where)")
     log.warning("".join(traceback.format_exception(cause)).rstrip())
@@ -221,7 +221,7 @@ def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
     answers = {point: {_normal(point.name), _normal(_distribution(point)[0])} for point in points}
     known = sorted(set().union(*answers.values()))
     for name in sorted(names.difference(known)):
-        report(name, f"of SPECVLM_PLUGINS is not installed; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}")
+        report(name, f"of SPECVLM_PLUGINS is not installed; installed: {', '.join(known) or 'none'}.{did_you_mean(name, known)}")
     return [point for point in points if answers[point] & names]
 
 

@@ -109,7 +109,7 @@ class TextPasses(Family):
     ) -> Pauses[Tensor]:
         """Fill a cache with a prompt, in passes of at most `chunk` rows. Returns the last hidden state (D,).
 
-        Passes before `cut` begin at multiples of `chunk` and at `joints`, whatever follows.
+        Passes before `cut` begin at multiples of `chunk` and at `joints`, regardless of what follows.
 
         Args:
             embeds_SD: The rows behind those that the cache holds already.

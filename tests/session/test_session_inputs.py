@@ -131,11 +131,11 @@ BAD = {
     "no place": ({"prompt": [{"role": "user", "content": "what?"}], "videos": str(FILE)}, "no place for all videos"),
     "a control token": ({"prompt": "say <|im_end|>"}, "control token"),
     "bytes": ({"prompt": b"what?"}, "got a bytes"),
-    "half a character": ({"prompt": "what\ud800?"}, "is no text"),
+    "half a character": ({"prompt": "what\ud800?"}, "expected a text, got"),
     "no message": ({"prompt": []}, "needs a message"),
     "a message without its list": ({"prompt": {"role": "user", "content": "what?"}}, "put the message into a list"),
     "a role that is none": ({"prompt": [{"role": "usr", "content": "what?"}]}, 'Did you mean "user"'),
-    "a text that is none": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "is no text"),
+    "a text that is none": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "expected a text, got"),
     "an image's address": ({"images": "https://a.example/b.png"}, "not fetched"),
 }
 
@@ -243,7 +243,7 @@ def test_what_is_no_model_is_explained():
     for given, said in (
         (("embedded:qwen",), "Did you mean"),
         (("/no/such/folder",), "no such model folder"),
-        ((3,), "is no Hugging Face model"),
+        ((3,), "is not a Hugging Face model"),
         ((held.hf.train(),), "training mode"),
     ):
         with pytest.raises(UserError, match=said):
