@@ -1,7 +1,7 @@
 """Check an answer with Hugging Face's own model, which shares only its inputs (token ids, pixels) with our decoding.
 
 The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
-positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
+positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint again with
 transformers' own class and attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging
 Face's.
 
@@ -72,7 +72,7 @@ class Agreement:
 
     Attributes:
         differences: Tokens that are not the argmax, in order.
-        fault: (token index, reason) of a fault that logits cannot excuse, such as an end in the wrong place.
+        fault: (token index, reason) of a fault that rounding cannot explain, such as an end in the wrong place.
     """
 
     differences: tuple[Difference, ...] = ()
@@ -90,7 +90,7 @@ class Agreement:
     def _told(self, wrong: Difference) -> str:
         """Describe a difference that rounding does not explain."""
         others = len(self.differences) - 1
-        said = f"Hugging Face's model prefers another by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
+        said = f"Hugging Face's model prefers another token by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
         return said + (f" ({others} more tokens differ)" if others else "")
 
 
@@ -157,7 +157,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmaxes of one pass over prompt and output. known: the first ones, if known."""
+        """Compare the output with the argmaxes of one pass over prompt and output. known: the first argmaxes, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
@@ -183,7 +183,7 @@ class ReferenceModel:
         """Check that the output ends at its first stop token, or at the limit. Returns a fault or None."""
         stopped = next((at for at, token in enumerate(output) if token in self.stop_ids), None)
         if stopped is not None and stopped + 1 < len(output):
-            return stopped + 1, f"the answer goes on behind stop token {output[stopped]}"
+            return stopped + 1, f"the answer continues after stop token {output[stopped]}"
         if stopped is None and len(output) != limit:
             said = f"the answer ends at {len(output)} tokens, without a stop token, and {limit} were asked for"
             return len(output), said

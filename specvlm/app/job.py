@@ -152,7 +152,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """Give the job up and return its summary. Writes it if the job has not started and its folder has no rows."""
+        """Abandon the job and return its summary. Writes it if the job has not started and its folder has no rows."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -320,7 +320,7 @@ class Job:
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
     def _reason(self, error: BaseException, sample: Sample) -> str:
-        """Return the reason of a failed sample for its row. Prints the traceback of a fault, once per reason."""
+        """Return the reason of a failed sample for its row. Prints the traceback of a bug, once per reason."""
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)

@@ -159,8 +159,8 @@ def own_sample(cfg: RunConfig) -> Sample:
 def read(setup: Setup, sample: Sample, known: KnownVideos | None = None) -> Reading:
     """Read the videos and images and make the prompt.
 
-    known: Files whose videos are known, and need not be decoded. Raises MissingVideo if a video is missing, UserError if a
-    video or an image cannot be used.
+    known: Files whose videos are known and need not be decoded again. Raises MissingVideo if a video is missing,
+    UserError if a video or an image cannot be used.
     """
     check_question(sample.question)
     start = perf_counter()
@@ -189,12 +189,12 @@ def processed(setup: Setup, sample: Sample, known: KnownVideos | None) -> Proces
 
 
 def keeps_prompts(cfg: RunConfig, places: Placement) -> bool:
-    """Whether anything is kept of prompts. A run of one question would not use it; ranks would find unlike prompts."""
+    """Whether prompts are kept for later samples. Not by several ranks, whose stores could come to differ."""
     return cfg.dataset is not None and cfg.prefixes is not False and places.ranks == 1
 
 
 def kept_bytes(cfg: RunConfig, places: Placement, left: Mapping[torch.device, int]) -> dict[torch.device, int]:
-    """Return the bytes that what is kept of prompts may take on each device. left: Bytes that nothing else needs."""
+    """Return the bytes that kept prompts may take on each device. left: Bytes that nothing else needs."""
     if not keeps_prompts(cfg, places):
         return {}
     devices = list(dict.fromkeys(places.target))

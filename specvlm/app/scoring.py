@@ -18,7 +18,7 @@ class Scorer:
     """Scores answers with one or more metrics. A metric that fails leaves its score empty; the answer stays.
 
     Args:
-        cfg: The configuration. `cfg.metric` is used alone; if it is None, the data set's own metrics are.
+        cfg: The configuration. Uses only `cfg.metric`; if that is None, the data set's own metrics.
         dataset: The data set.
         note: Shows a message to the user.
 
@@ -70,7 +70,7 @@ class Scorer:
 
 
 def finite(score: Any, metric: Metric) -> float | None:
-    """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
+    """Return a score as a float; None stays None. Raises StrategyError if it is not a number that a row may hold."""
     if score is None:
         return None
     number: Any = score if isinstance(score, Real) else math.nan

@@ -43,7 +43,7 @@ def pad_tower(hf: Any) -> int:
 
 
 def _gated(hf: Any) -> Iterator[Any]:
-    """Yield the gated MLPs of plain linear layers outside the text model, whose own kernels take any width."""
+    """Yield the gated MLPs of plain linear layers outside the text model, which is not padded."""
     text = {id(module) for module in language_model(hf).modules()}
     for module in hf.modules():
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]

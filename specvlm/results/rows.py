@@ -199,7 +199,7 @@ class Rows:
         old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
-            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to go on, or use another folder")
+            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to continue, or use another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _in_use(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():

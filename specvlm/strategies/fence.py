@@ -72,8 +72,8 @@ class inside:
     Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
     OSError (which would look like a full results disk), StopIteration, a KeyboardInterrupt without the user's Ctrl-C,
     SystemExit and the like, and specvlm's own errors and their subclasses. Only StrategyError, UserError and
-    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored. One may be entered again after
-    it was left, but not within itself.
+    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored. An instance may be entered
+    several times, but not nested.
 
     It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
@@ -320,7 +320,7 @@ def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocab
     path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
     whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
     if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]
-        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is no path from the root of a tree of {len(tree)} nodes")
+        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is not a path from the root of a tree of {len(tree)} nodes")
     if type(bonus) is not int or not 0 <= bonus < vocabulary:
         raise StrategyError(f"{label_of(verifier)}: the next token must lie within 0..{vocabulary - 1}, got {bonus!r:.200}")
     return Verdict(path, bonus)

@@ -1,4 +1,4 @@
-"""Base class of trackers, which mirror results elsewhere, and what they are called with."""
+"""Base class of trackers, which mirror results elsewhere, and their context."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrackContext:
     Attributes:
         name: Name of the job; any text. Jobs of a sweep differ in it.
         group: Name of the sweep, or of the folder of a single job.
-        folder: Folder of the sweep or of the single job. A tracker's own files belong into a folder of its own in it.
+        folder: Folder of the sweep or of the single job. A tracker keeps its own files in a subfolder of its own.
         config: Configuration of the job: plain values, nested by group. For a sweep, the names of its jobs.
         kind: "job", or "sweep" for the table of all jobs, which comes last.
         note: Shows the user a line.
@@ -47,7 +47,7 @@ class TrackedRun(ABC):
     """The mirror of one job while it runs. Runs of several jobs are open at the same time.
 
     The methods are called from several threads, one after the other. One that raises, or takes longer than 90 s, ends
-    the mirror of its job with a note. Results are safe on the disk before it is called.
+    the mirror of its job with a note. Results are on disk before it is called.
     """
 
     @abstractmethod

@@ -58,7 +58,7 @@ def joined(parts: Sequence[Tensor | Features]) -> Tensor | Features:
 
 
 def merged(pool_KN: Tensor, values: Tensor | Features) -> Tensor | Features:
-    """Merge rows by the weights of a (sparse) matrix (see `KeepSet.pool`); added rows merge alike."""
+    """Merge rows by the weights of a (sparse) matrix (see `KeepSet.pool`), and added rows likewise."""
     if isinstance(values, Features):
         pool_KN = pool_KN.to(values.rows)
         added = (pool_KN @ values.added.flatten(1)).unflatten(1, values.added.shape[1:])

@@ -29,7 +29,7 @@ class GenerationOptions:
             checkpoint; 1 turns it off.
         stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.
         record: Also return the target's attention to the video (`Step.attention`).
-        stop: Texts that end the answer, after the token that completes one. Special tokens have no text here.
+        stop: Texts that end the answer, after the token that completes one. Special tokens do not count as text.
         adjust: Changes the target's logits, after the repetition penalty: maps the token ids of the answer so far and
             the (V,) logits of the next token to (V,) logits. It must depend on nothing else. None changes nothing.
         logprobs: Also return the target's log-probabilities: those of each token of the answer, and of this many of

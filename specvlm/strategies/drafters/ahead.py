@@ -2,9 +2,9 @@
 
 An outcome is the last accepted node of the current tree, and one of the draft's likeliest corrections after it. The
 rows of all outcomes share the draft's cache: they are written behind those of the current tree, and each sees those of
-its own outcome only. Those of the outcome that comes true are moved to where a tree drafted anew would have them.
+its own outcome only. Those of the outcome that comes true are moved to where a newly drafted tree would have them.
 
-All tokens found so far lie in a pool: those of the current tree, the corrections of its expanded nodes, and what each
+All tokens found so far are in a pool: those of the current tree, the corrections of its expanded nodes, and what each
 pass has found below each of its rows. Tables hold indices into the pool.
 
 Shape suffixes: M tree nodes, E nodes that are expanded, O outcomes, Q rows of a pass, T slots that they may attend to,
@@ -37,7 +37,7 @@ CHANCES = (0.75, 0.12, 0.04, 0.02)
 
 
 class Row(NamedTuple):
-    """A row of a pass ahead.
+    """A row of a pass that drafts ahead.
 
     Attributes:
         outcome: Number of the outcome whose tree the node belongs to; None for a leaf of the current tree.
@@ -100,7 +100,7 @@ class Plan:
     found_OE: Tensor
 
     def levels(self, number: int, passes: int, depth: int) -> int:
-        """Return how many levels of an outcome's tree are expanded after so many passes. depth: Levels of the shape."""
+        """Return how many levels of an outcome's tree `passes` passes expand. depth: Levels of the shape."""
         return max(0, min(depth, passes - self.starts[number]))
 
 

@@ -68,7 +68,7 @@ class PromptLookupDrafter(Drafter):
 
 
 class PromptLookupSession(DraftSession):
-    """Keeps the text so far, and for each n-gram where the text went on after it last. Never rescans the text."""
+    """Keeps the text so far, and the position after the last occurrence of each n-gram. Never rescans the text."""
 
     def __init__(self, drafter: PromptLookupDrafter, ctx: DraftContext) -> None:
         self._length = drafter.length

@@ -1,4 +1,4 @@
-"""What drafters share that run a model over the pruned prompt."""
+"""Shared by drafters that run a model over the pruned prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PrunedSession(DraftSession):
     Args:
         ctx: Context of the request.
         model: The model that drafts.
-        rows: Maximum number of rows that a round writes, the last accepted node's aside.
+        rows: Maximum number of rows that a round writes, without that of the last accepted node.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:

@@ -54,7 +54,7 @@ class TreeDrafter(Drafter):
             measured while decoding.
 
     Raises:
-        ValueError: The shape is malformed, `children` is unknown, or `costs` is no such file or not for `auto`.
+        ValueError: The shape is malformed, `children` is unknown, or `costs` is not a costs.json or not for `auto`.
     """
 
     name = "tree"
@@ -106,7 +106,7 @@ class TreeDrafter(Drafter):
         """Return how children are drawn or scored; None takes the best tokens. Raises UserError if the keys conflict."""
         widest = max(rank for shape in self.shapes for rank in shape.ranks) + 1
         if widest > ctx.vocabulary:
-            raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
+            raise UserError(f"drafter.shape={self.shape} needs {widest} guesses per node, but there are {ctx.vocabulary} tokens")
         rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
@@ -116,7 +116,7 @@ class TreeDrafter(Drafter):
 
 
 class TreeSession(PrunedSession):
-    """Drafts static trees, level by level. Their shape stays, or `ctx.next_shape` chooses one for each round.
+    """Drafts static trees, level by level. Their shape is fixed, or `ctx.next_shape` chooses one for each round.
 
     Args:
         ctx: Context of the request.
@@ -173,7 +173,7 @@ class TreeSession(PrunedSession):
         return self.routines[shape, fed, first]
 
     def anew(self, there: bool) -> Routine:
-        """Return the routine that drafts a whole tree. there: Whether the last accepted node's row is there."""
+        """Return the routine that drafts a whole tree. there: Whether the last accepted node's row is in the cache."""
         return self.routine(1 if there and not self.ctx.captured else 2)
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
@@ -182,7 +182,7 @@ class TreeSession(PrunedSession):
         return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
 
     def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
-        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is there."""
+        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is cached."""
         base = self.root + self.shape.depths[node]
         routine = self.anew(there)
         races = self.races.exponential_(generator=self.generator) if self.sample else None
@@ -216,7 +216,7 @@ class VaryingTreeSession(TreeSession):
         return (yield from self.draft(node, bonus, there))
 
     def _leave(self, node: int, shape: TreeShape) -> int:
-        """Go on from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
+        """Continue from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
         tables = tables_of(self.shape, self.sample, self.device, 2)
         if tables.moves:
             self.cache.move(torch.tensor([self.root], device=self.device), tables.ways_MD[node])
@@ -225,7 +225,7 @@ class VaryingTreeSession(TreeSession):
         return 0
 
     def _read(self) -> Work[None]:
-        """Read the tokens that the draft has not seen, but for the last, which the first pass of the tree feeds."""
+        """Read the tokens that the draft has not seen, except the last, which the first pass of the tree feeds."""
         many = torch.cat(self.unread[:-1]) if len(self.unread) > 1 else torch.empty(0, dtype=torch.int64)
         self.unread, at = [], self.root - len(many)
         for part in many.split(AT_ONCE) if len(many) else ():
