@@ -113,7 +113,7 @@ def test_requests_take_turns():
         first, second = (graph.decode(tiny.prompt(FAMILY, seed=number), 12) for number in range(2))
         for steps in (first, second):
             next(steps), next(steps)
-        with pytest.raises(RuntimeError, match="another request has begun, and there is one at a time"):
+        with pytest.raises(RuntimeError, match="another request has begun, and only one can run at a time"):
             list(first)
         assert len(list(second)) > 1
 

@@ -1,4 +1,4 @@
-"""Let a draft start behind what it has computed for earlier requests.
+"""Let a draft reuse rows and features that it has computed for earlier requests.
 
 Shape suffixes: K kept slots, D hidden size.
 """
@@ -21,11 +21,11 @@ from specvlm.types import Features, KeepSet, VideoPrompt
 class ReusedDraftPrefill(DraftPrefill):
     """Keeps a draft's video features, and its rows of the pruned video if other questions will keep the same tokens.
 
-    Rows that are computed apart from the question round otherwise. So they are reused only where a guess cannot change
-    the output.
+    Rows that are computed without the question round differently. So they are reused only if guesses cannot change the
+    output.
 
     Args:
-        store: Keeps both.
+        store: Store for both.
         keys: Keys of the request's prompt.
         pruner: Chooses the tokens to keep.
         free: Whether no guess can change the output.
@@ -67,7 +67,7 @@ class ReusedDraftPrefill(DraftPrefill):
 
 
 def frames_of(prompt: VideoPrompt, keep: KeepSet) -> str:
-    """Tell which frames are encoded for the kept tokens: a digest of theirs, or "all"."""
+    """Return a digest of which frames are encoded for the kept tokens, or "all"."""
     if keep.pool is not None:
         return "all"
     found, start = list[str](), 0

@@ -37,7 +37,7 @@ def logprobs_of(
 ) -> Jobs[tuple[TokenLogprobs, ...]]:
     """Run the target over an answer once more, in one causal pass, and return the log-probabilities of its tokens.
 
-    They are those of the plain logits: no penalty, temperature or other setting changes them.
+    They are taken from the plain logits, without penalty, temperature or other settings.
 
     Args:
         target: The target.

@@ -1,4 +1,4 @@
-"""Prefill the target with a prompt, behind the beginning that earlier requests have computed.
+"""Prefill the target with a prompt, reusing the beginning that earlier requests have computed.
 
 Shape suffixes: S prompt tokens, Q tokens to run, N video tokens, A rotary axes, D hidden size, V vocabulary.
 """
@@ -38,7 +38,7 @@ class Prefill:
         clock: Times the stages.
         engine: Runs the passes.
         collector: Collects signals on the way; None if none are needed.
-        prefixes: What earlier requests have computed; None to compute all and to keep nothing.
+        prefixes: Store of what earlier requests have computed. None: compute everything and keep nothing.
     """
 
     target: VideoLM
@@ -52,7 +52,7 @@ class Prefill:
     def run(self) -> Pauses[Prefilled]:
         """Fill the cache, with pauses in between."""
         store = self.prefixes
-        if store is None or self.target.ranks.size > 1:  # ranks may find unlike prefixes, and would wait for each other
+        if store is None or self.target.ranks.size > 1:  # ranks may find different prefixes, and would wait for each other
             return Prefilled(*(yield from self._computed(None)))
         keys = store.keys(self.target, self.prompt, self.engine)
         yield from store.wait(keys, self.target.device)
@@ -106,9 +106,9 @@ class Prefill:
         self.prefixes.keep_other(self._feature_key(match, number), lambda: [part.clone() for part in parts], size)
 
     def _begin(self, match: Match) -> int:
-        """First slot that is computed by the modules of Hugging Face.
+        """First slot that Hugging Face's modules compute.
 
-        Signals of the text need all of its rows. So do the exact rows behind the video, which the engine fills itself.
+        Signals of the text need all of its rows. So do the exact rows after the video, which the engine fills itself.
         """
         cut, reads = self.prompt.cut, self.collector is not None and self.collector.reads_text
         return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
@@ -135,7 +135,7 @@ class Prefill:
         return (yield from self.engine.prefilling(target, prompt, inputs, cache, self.collector, refill))
 
     def _copied(self, match: Match, ending: Ending) -> Tensor:
-        """Take over all that a prefill of the same prompt has left. Returns the next token's logits, (1, V)."""
+        """Reuse the whole prefill of the same prompt. Returns the next token's logits, (1, V)."""
         match.write(self.cache, 0, len(self.prompt))
         self.cache.offset = int(match.keys.positions_AS[:, -1].max()) + 1 - len(self.prompt)
         if self.collector is not None and ending.collector is not None:
@@ -154,11 +154,11 @@ def prefill(
 
 
 class Kept(NamedTuple):
-    """What the store has of a request's prompt.
+    """The entries of a store for a request's prompt.
 
     Attributes:
         store: The store.
-        match: What was known of the prompt, and its keys.
+        match: The part of the prompt that was known, and the prompt's keys.
         last: Entry with the prompt's last row; None if it was not kept.
         made: Entries that the request has added.
     """
@@ -170,13 +170,13 @@ class Kept(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """What a prefill leaves besides the rows in the cache.
+    """Result of a prefill, besides the rows in the cache.
 
     Attributes:
         features_ND: Video features.
         logits_1V: Logits of the next token.
         reused: How much of the prompt was known; None without a store.
-        kept: What the store has of the prompt; None without a store.
+        kept: The store's entries for the prompt; None without a store.
     """
 
     features_ND: Tensor | Features
@@ -185,14 +185,14 @@ class Prefilled(NamedTuple):
     kept: Kept | None = None
 
     def copy(self, prompt: VideoPrompt) -> VideoPrompt:
-        """Copy the prompt for strategies. If its videos were known, pixels are copied only once they are asked for."""
+        """Copy the prompt for strategies. If its videos were known, pixels are copied only when needed."""
         if self.kept is None or not self.reused or self.reused.tokens < prompt.cut:
             return prompt.copy()
         pairs = zip(prompt.videos, self.kept.match.keys.videos, strict=True)
         return replace(prompt.copy(), videos=tuple(LateVideo.of(video, digest).copy() for video, digest in pairs))
 
     def timed(self, times_s: Mapping[str, float]) -> dict[str, float]:
-        """Note how long the prefill took; returns the times as they are."""
+        """Note how long the prefill took; returns the times unchanged."""
         made = () if self.kept is None else self.kept.made
         rows = sum(entry.end - entry.start for entry in made)
         for entry in made:
@@ -200,7 +200,7 @@ class Prefilled(NamedTuple):
         return dict(times_s)
 
     def drafting(self, pruner: Pruner, free: bool) -> DraftPrefill:
-        """Return what prefills the drafter's model. free: Whether no guess can change the output."""
+        """Return the object that prefills the drafter's model. free: Whether no guess can change the output."""
         if self.kept is None:
             return DraftPrefill()
         return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, pruner, free)

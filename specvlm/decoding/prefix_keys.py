@@ -1,4 +1,4 @@
-"""Find out what a prompt begins with: a key for the prompt up to the end of each of its videos.
+"""Identify a prompt's beginnings: a key for the prompt up to the end of each of its videos.
 
 Shape suffixes: S prompt tokens, A rotary axes.
 """
@@ -27,7 +27,7 @@ class PromptKeys:
     Attributes:
         prompt: The prompt.
         positions_AS: Rotary positions.
-        root: Says which model computes the rows, and how.
+        root: Identifies the model that computes the rows, and how passes run.
     """
 
     prompt: VideoPrompt
@@ -56,7 +56,7 @@ class PromptKeys:
 
     @property
     def base(self) -> bytes:
-        """Key of what the text behind the last video depends on."""
+        """Key of the prompt before the text after the last video."""
         return self.keys[-1] if self.joints else self.root
 
     @cached_property
@@ -66,7 +66,7 @@ class PromptKeys:
 
     @property
     def tail(self) -> Tensor:
-        """Tokens behind the last video."""
+        """Tokens after the last video."""
         return self.prompt.tokens[self.prompt.cut :]
 
     def _key(self, before: bytes, start: int, end: int, more: Sequence[str]) -> bytes:

@@ -1,4 +1,4 @@
-"""Compute what memory a request needs."""
+"""Compute the memory that a request needs."""
 
 from __future__ import annotations
 

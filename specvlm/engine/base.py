@@ -83,7 +83,7 @@ class Submitted:
 
     @property
     def done(self) -> bool:
-        """Whether it is no use to wait: the answer is there, or the check only starts with `Engine.answer`."""
+        """Whether there is nothing to wait for: the answer is there, or the check only starts with `Engine.answer`."""
         return True
 
 
@@ -139,10 +139,10 @@ class Engine:
         Args:
             target: The target.
             prompt: The prompt.
-            inputs: Embeddings and positions of its tokens behind those whose rows the cache holds.
+            inputs: Embeddings and positions of its tokens after those whose rows the cache holds.
             cache: The cache.
             collector: As in `VideoLM.prefilling`.
-            refill: Of an exact engine: writes rows behind the video that are known, once signals have been collected.
+            refill: Used by an exact engine: writes the known rows after the video, once signals have been collected.
         """
         hidden_D = yield from target.prefilling(*inputs, cache, prompt.cut, collector, joints=prompt.joints)
         return target.head(hidden_D[None])
@@ -257,7 +257,7 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor, slot: int) -> Verdict:
-    """Cut a lossy rule's verdict so that the answer does not end, or go on, against the target's choice.
+    """Cut a lossy rule's verdict so that the answer does not end, or continue, against the target's choice.
 
     After each node of the path, compare the verdict's next token with the target's own choice: its argmax, or a draw
     from its distribution when sampling. If they differ and either is a stop id, end the path there and take the

@@ -30,7 +30,7 @@ from specvlm.parallel.ranks import local_shard
 
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
 JOINED = 128  # the same for passes of several requests
-# Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
+# Modules of transformers with the language models that the pass computes. In others, equal layer names prove nothing:
 # Granite scales what its layers add, Gemma's norms multiply by 1 + weight.
 KNOWN = frozenset(
     f"transformers.models.{name}.modeling_{name}"
@@ -113,7 +113,7 @@ class Sight(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device."""
+    """Where the rows of one request's pass are: slots base + at + row of a cache. Tensors are on one stage's device."""
 
     cache: KVCache
     base: Tensor
@@ -123,7 +123,7 @@ class Place(NamedTuple):
     def rope(
         self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
     ) -> Tensor:
-        """Turn queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
+        """Rotate queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
         keys, values = (store[0] for store in self.cache.layer(index))
         return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
 
@@ -137,7 +137,7 @@ class Place(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the rows of several requests' joined pass lie. Needs the Triton kernels. Methods as those of `Place`."""
+    """Where the rows of several requests' joined pass are. Needs the Triton kernels. Same methods as `Place`."""
 
     contexts: Contexts
 

@@ -73,7 +73,7 @@ class Experts:
         router: (E, K) weights of the router.
         gate_up: (E * 2 F, K) weights of all experts, for each gate before up.
         down: (E * K, F) weights.
-        chosen: Number X of experts of each row. Their chances are scaled to sum to 1.
+        chosen: Number X of experts per row. Their probabilities are scaled to sum to 1.
     """
 
     router: Weight
@@ -81,11 +81,11 @@ class Experts:
     down: Weight
     chosen: int
 
-    KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # classes of Hugging Face that choose and weigh experts so
+    KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # Hugging Face's classes that choose and weight experts in this way
 
     @classmethod
     def of(cls, layer: Any) -> Experts | None:
-        """Wrap a Hugging Face layer. None if it is no mixture of experts, or one of another kind."""
+        """Wrap a Hugging Face layer. None if it is not a mixture of experts, or one of another kind."""
         if type(layer).__name__ not in cls.KNOWN:
             return None
         router, experts = layer.gate, layer.experts

@@ -54,7 +54,7 @@ def _gated(hf: Any) -> Iterator[Any]:
 
 
 def _padded(tensor: Tensor, by: tuple[int, ...]) -> nn.Parameter:
-    """Make a parameter with zeros behind a tensor's rows or columns (see `torch.nn.functional.pad`)."""
+    """Make a parameter with zeros after a tensor's rows or columns (see `torch.nn.functional.pad`)."""
     return nn.Parameter(pad(tensor.detach(), by), requires_grad=tensor.requires_grad)
 
 

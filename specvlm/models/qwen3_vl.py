@@ -1,4 +1,4 @@
-"""Qwen3-VL over Qwen3VLForConditionalGeneration: a run of tokens per frame behind its timestamp, and DeepStack.
+"""Qwen3-VL over Qwen3VLForConditionalGeneration: a run of tokens per frame after its timestamp, and DeepStack.
 
 The timestamps follow the installed transformers' Qwen3VLProcessor. In 5.17 and 5.23 they are placed, with vision tags
 around each frame, inside the vision tags of the chat template.

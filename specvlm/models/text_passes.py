@@ -112,7 +112,7 @@ class TextPasses(Family):
         Passes before `cut` begin at multiples of `chunk` and at `joints`, regardless of what follows.
 
         Args:
-            embeds_SD: The rows behind those that the cache holds already.
+            embeds_SD: The rows after those that the cache holds already.
             positions_AS: Their rotary positions.
             cut: Slot at which a new pass begins (`VideoPrompt.cut`).
             collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it

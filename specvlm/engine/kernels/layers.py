@@ -211,10 +211,10 @@ def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, GROUP: tl.constexpr, PDL: tl.co
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     """Say why these kernels cannot run a model with these weights and head width; None if they can."""
     if head_dim < 16 or head_dim % 16:
-        return f"its heads are {head_dim} wide, which is no multiple of 16"
+        return f"its heads are {head_dim} wide, which is not a multiple of 16"
     for weight in weights:
         if weight.inputs % LEAST or weight.data.stride(1) != 1:
-            return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
+            return f"{weight.inputs} inputs of a layer are not a multiple of {LEAST}"
         # Outputs need no check: they are inputs of the next layer, except the LM head's, which may be any number.
         if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
@@ -239,7 +239,7 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> int:
     """Choose the number of parts of a sum over k, so that layers with few output tiles fill the device.
 
-    The choice must not depend on the number of rows: sums are to be rounded alike in passes of one row and of a tree.
+    The choice must not depend on the number of rows, so that passes of one row and of a tree round sums the same way.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     stored = weights[0].data.shape[1]
@@ -249,7 +249,7 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device) -> i
 
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
-    """Estimate the shared memory of a stage (tiles of weights and rows), and what a program takes besides, in bytes."""
+    """Estimate the shared memory of a stage (tiles of weights and rows), and the other shared memory, in bytes."""
     size, halves = 2 if weight.kind == "full" else 1, 2 if weight.kind == "int4" else 1  # int4 reads two tiles of rows
     return tile.inputs * size * (weights * tile.outputs + halves * width_of(rows)), 2048
 
@@ -281,8 +281,8 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
 def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
     """Compute (Q, N) silu(x gate^T) * (x up^T), rounding each step to dtype.
 
-    Of quantised weights, gate and up are one linear layer, which takes less time than both in one loop: 23 instead of
-    32 us for the 7B's in int4 on an H200.
+    For quantised weights, gate and up run as one linear layer, which is faster than both in one loop: 23 instead of
+    32 us for those of the 7B in int4 on an H200.
     """
     if isinstance(x_QK, Narrow):
         (both_QN,) = linear(x_QK, (gate, up), whole=dtype)

@@ -4,8 +4,8 @@ The n keys of a row, in the order of its path, are split into segments that depe
 full chunks, then leaves of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, twice as many once a
 row would have more than EARLY of them (from HEADS KV heads on), and so on so that a row never has more than MOST.
 Segments that end below `base` are contiguous in the cache, and blocks of rows read them together. A row's other
-segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So
-neither the number of rows, nor the tree, nor the cache's capacity, nor other requests in the pass change a bit
+segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So the
+number of rows, the tree, the cache's capacity and other requests in the pass do not change a single bit
 (tests/test_exact_gpu.py).
 
 Shape suffixes: see the package docstring; P slots of a path, S segments.

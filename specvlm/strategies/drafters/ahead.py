@@ -1,7 +1,7 @@
 """Tables and passes for drafting below several outcomes of a check at once, on the device only.
 
 An outcome is the last accepted node of the current tree, and one of the draft's likeliest corrections after it. The
-rows of all outcomes share the draft's cache: they are written behind those of the current tree, and each sees those of
+rows of all outcomes share the draft's cache: they are written after those of the current tree, and each sees those of
 its own outcome only. Those of the outcome that comes true are moved to where a newly drafted tree would have them.
 
 All tokens found so far are in a pool: those of the current tree, the corrections of its expanded nodes, and what each

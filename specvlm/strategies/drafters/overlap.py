@@ -115,7 +115,7 @@ class Pace:
         self.begun, self.slow = now, False
 
     def starts(self, waiting: int) -> bool:
-        """Whether a pass starts now, behind `waiting` ones.
+        """Whether a pass starts now, after `waiting` others.
 
         It does if it will end before the check. One that will not starts only when all others have ended, and if the
         time that it saves after a hit outweighs the time that it costs after a miss.

@@ -37,7 +37,7 @@ def mlvu(answer: Answer) -> float:
 
 
 def video_mme(answer: Answer) -> float | None:
-    """Video-MME: the first capital A to D behind PREFIXES. An answer without one is not counted."""
+    """Video-MME: the first capital A to D after PREFIXES. An answer without one is not counted."""
     found = _first_capital(answer.text, "ABCD", VIDEO_MME_PREFIXES)
     return None if found is None else float(found == answer.letter)
 
@@ -48,7 +48,7 @@ def video_mme_all(answer: Answer) -> float:
 
 
 def long_video_bench(answer: Answer) -> float:
-    """LongVideoBench: the first capital A to E behind OTHER_PREFIXES.
+    """LongVideoBench: the first capital A to E after OTHER_PREFIXES.
 
     The script draws an option for an answer without one. Here such an answer gets the mean of all draws.
     """
@@ -71,7 +71,7 @@ def mvbench_lmms_eval(answer: Answer) -> float | None:
 
 
 def choice(answer: Answer) -> float:
-    """Our own rule, for other data sets: a letter at the start, a letter behind "answer", or the text of one option.
+    """Our own rule, for other data sets: a letter at the start, a letter after "answer", or the text of one option.
 
     "B", "(B)", "B. text", "B) text", "The answer is (B)." and "text" all choose option B. Anything else is wrong, such
     as "A dog runs" and an answer with the texts of two options.
