@@ -249,11 +249,11 @@ def test_what_is_no_file_among_a_jobs_files_is_refused_and_not_waited_for(kind, 
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     assert report([str(tmp_path / "sweep"), "-o", str(tmp_path / "out.html")]) == 2
-    assert f"{name} is no file" in capsys.readouterr().err
+    assert f"{name} is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["rb", "ab", "w"])
 def test_a_pipe_is_opened_by_nobody(mode, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is no file"):
+    with pytest.raises(UserError, match="pipe is not a file"):
         files.open_regular(tmp_path / "pipe", mode)

@@ -79,7 +79,7 @@ def test_rounds_are_those_of_one_process(drafter, verifier):
 def test_a_draft_that_is_killed_ends_the_request_with_one_line():
     with draft_process(partial(models, kill_in=6), how="fork") as link:
         graph = graph_of(RemoteDrafter(OverlapDrafter("chain:2"), link), GreedyVerifier(), True)
-        with pytest.raises(UserError, match=r"^the draft's process died without a word; the run cannot go on$"):
+        with pytest.raises(UserError, match=r"^the draft's process died without a message; the run cannot go on$"):
             list(graph.decode(tiny.prompt(FAMILY), 24))
     assert not graph.caches._leased
 

@@ -278,8 +278,8 @@ DAMAGED = {
     "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
     "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: not a JSON object"),
     "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: not a JSON object"),
-    "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
-    "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
+    "no YAML": ("config.yaml", "pruner: [", "config.yaml is not a configuration"),
+    "no configuration": ("config.yaml", "- a", "config.yaml is not a configuration"),
     "nothing": ("config.yaml", None, "holds samples but no config.yaml"),
 }
 

@@ -56,7 +56,7 @@ class SmolVLMVideoConfig:
         found = read_video_settings(folder, PROCESSORS, (LANCZOS,))
         sampling = found.get("video_sampling") or {}
         if not isinstance(sampling, dict):
-            raise UserError(f"{folder}: video_sampling of the video processor is no object of settings")
+            raise UserError(f"{folder}: video_sampling of the video processor is not an object of settings")
         sizes = {"longest": found.get("size") or sampling.get("video_size"), "side": found.get("max_image_size")}
         given = {name: _edge(folder, size) for name, size in sizes.items() if size is not None}
         fps, most = sampling.get("fps", found.get("fps")), sampling.get("max_frames", found.get("num_frames"))

@@ -124,7 +124,7 @@ def test_frames_are_resized_to_the_processors_sizes():
         ({"resample": 3}, "resample=3, which is not Lanczos"),
         ({"size": {"height": 9, "width": 9}}, "wanted a longest_edge"),
         ({"video_sampling": {"fps": 0, "max_frames": 4}}, "wanted numbers more than 0"),
-        ({"video_sampling": 7}, "video_sampling of the video processor is no object of settings"),
+        ({"video_sampling": 7}, "video_sampling of the video processor is not an object of settings"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, monkeypatch, settings, said):

@@ -1,4 +1,4 @@
-"""`python -m specvlm.advise`: profile this machine, say if speculation pays.
+"""`python -m specvlm.advise`: profile this machine and say if speculation pays.
 
 Takes the overrides of a run, such as pair=… video=…, and the keys below.
 Exit codes are those of a run.
@@ -190,7 +190,7 @@ def ends(ratios: Sequence[float]) -> list[float]:
 def crowded(
     screen: RunConsole, costs: Costs, wishes: Wishes, known: Known, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]
 ) -> None:
-    """Show what several requests at once would take, if asked for."""
+    """Show the predicted times of several requests at once, if asked for."""
     if wishes.requests == 1 or "tree" not in trees:
         return
     shapes, ratios = trees["tree"]

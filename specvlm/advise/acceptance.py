@@ -123,7 +123,7 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 def of_words(text: str) -> Known:
     """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
 
-    Raises UserError if it is none of these, or a run cannot be used.
+    Raises UserError for anything else, or if a run cannot be used.
     """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):

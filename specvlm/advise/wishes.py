@@ -22,7 +22,7 @@ OWN = {
     "drafters": "the drafters to consider, such as tree,dynamic_tree (all that are installed)",
     "tokens": "most new tokens per decode (128)",
     "check": "true: decode with the recommended configuration and two others, and compare with the prediction (false)",
-    "requests": "also predict up to so many requests at once, 1 to 16; those that fit are measured (1)",
+    "requests": "also predict up to this many requests at once, 1 to 16; those that fit are measured (1)",
     "costs": "the costs.json of an earlier profile, instead of a new profile; needs acceptance=",
 }
 TREES = ("tree", "self")  # fixed shapes: predicted from a few measured trees; other drafters are measured as they are
@@ -100,7 +100,7 @@ class Wishes:
 
 
 def whole(own: dict[str, str], key: str, default: str, bounds: Within) -> int:
-    """Read a whole number. Raises UserError if it is none within the bounds."""
+    """Read a whole number. Raises UserError if it is not one, or out of bounds."""
     value = own.get(key, default)
     if not (re.fullmatch("[0-9]{1,9}", value) and int(value) in bounds):
         raise UserError(f"{key}={value}: expected a whole number from {bounds.low}, {bounds.most}")

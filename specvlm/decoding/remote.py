@@ -122,7 +122,7 @@ class RemoteSession(DraftSession):
             while (found := heard(self.link)).number != number:
                 pass
         except (EOFError, OSError):
-            raise UserError("the draft's process died without a word; the run cannot go on") from None
+            raise UserError("the draft's process died without a message; the run cannot go on") from None
         if found.tree is None:
             raise RuntimeError(f"the draft's process failed: {found.why}")
         self.drafted_ahead = found.ahead

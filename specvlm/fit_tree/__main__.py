@@ -76,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[list[Round]]:
     for folder in folders:
         jobs = sorted({file.parent for file in folder.rglob("steps*.jsonl")})
         if not jobs:
-            raise UserError(f"{folder} has no steps.jsonl; it is no folder of a run, a job or a sweep")
+            raise UserError(f"{folder} has no steps.jsonl; it is not a folder of a run, a job or a sweep")
         before = len(runs), sum(map(len, runs.values()))
         for job in jobs:
             for key, rounds in ranked(job).items():

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, even if a strategy catches it, and tell it apart from a KeyboardInterrupt that a strategy raises."""
+"""Handle Ctrl-C even if a strategy catches it, and distinguish it from a KeyboardInterrupt that a strategy raises."""
 
 import os
 import signal

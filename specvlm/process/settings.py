@@ -48,7 +48,7 @@ def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-_UNDONE: list[torch.inference_mode] = []  # kept: torch goes back to the mode before when one of them is collected
+_UNDONE: list[torch.inference_mode] = []  # kept alive: torch restores the previous mode when one of them is collected
 
 
 def modes_entered() -> tuple[int, int, bool]:

@@ -120,7 +120,7 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
     found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
-        raise UserError(f"{folder / 'config.yaml'} is no configuration of specvlm, or it is damaged")
+        raise UserError(f"{folder / 'config.yaml'} is not a configuration of specvlm, or it is damaged")
     return found
 
 

@@ -26,7 +26,7 @@ NUMBERS: dict[str, type[int] | type[float]] = {
     **dict.fromkeys(("max_new_tokens", "seed", "n", "logprobs", "max_pixels", "frames"), int),
     **dict.fromkeys(("ratio", "repetition_penalty", "presence_penalty", "frequency_penalty", "fps"), float),
 }
-# What other libraries call things, and how to ask for them here.
+# Option names of other libraries, and what to use here instead.
 ELSEWHERE = {
     **dict.fromkeys(
         ("temperature", "top_p", "top_k", "do_sample"),
@@ -43,12 +43,12 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `generate` and `stream`. `load_pair` sets defaults for a session; a call replaces single ones.
+    """Options of `generate` and `stream`. `load_pair` sets defaults for a session; a call can replace each of them.
 
     Attributes:
         pruner: Chooses the video tokens that the drafter sees: a name, a mapping of `name` and fields, or an instance.
-        drafter: Makes the guesses, given in the same ways. By default "tree"; without a draft model "prompt_lookup".
-        verifier: Accepts guesses, given in the same ways. "greedy", "sampling" and "coupled" are exact.
+        drafter: Makes the guesses; given like `pruner`. By default "tree"; without a draft model "prompt_lookup".
+        verifier: Accepts guesses; given like `pruner`. "greedy", "sampling" and "coupled" are exact.
         ratio: Share of the video tokens hidden from the drafter.
         positions: Rotary positions of the drafter's tokens: "original" or "reindexed".
         max_new_tokens: Maximum number of tokens of the answer.
@@ -56,7 +56,7 @@ class Options:
         n: Number of answers to draw after one prefill. None gives one result, a number a list of results.
         stop: A text, or several, that end the answer. They are not part of its text.
         stop_ids: A token id, or several, that end the answer, instead of the checkpoint's.
-        logprobs: Return the log-probabilities of the answer's tokens, and of this many of the best tokens in place of each.
+        logprobs: Return log-probabilities: of each token of the answer, and of this many most likely tokens at its place.
         repetition_penalty: Divides positive logits of tokens in prompt and answer. None takes the checkpoint's.
         presence_penalty: Subtracted from the logits of tokens in the answer.
         frequency_penalty: The same, once for each time a token is in the answer.
@@ -66,7 +66,7 @@ class Options:
         max_pixels: Most pixels of a frame. None: the checkpoint's limit.
         reader: Reader of video files: "auto", "pyav" or "decord".
         check: Also decode with the target alone and compare: see `GenerationResult.verdict`.
-        speculate: Draft. False decodes with the target alone, without logprobs; the answer is the same.
+        speculate: Whether to draft. False decodes with the target alone, without logprobs; the answer is the same.
 
     Raises:
         UserError: A value is not allowed.
@@ -117,7 +117,7 @@ class Options:
         for name in given:
             if name not in known:
                 hint = ELSEWHERE.get(name)
-                hint = f": {hint}" if hint else f"; there is {', '.join(known)}.{did_you_mean(name, known)}"
+                hint = f": {hint}" if hint else f"; the options are {', '.join(known)}.{did_you_mean(name, known)}"
                 raise UserError(f'there is no option "{name}"{hint}')
         return replace(self, **given)
 
@@ -146,7 +146,7 @@ class Options:
 class Penalties:
     """Rule of a request that lowers the logits of tokens in the answer, and adds to those of given tokens.
 
-    The prompt does not count. Together: logit - presence * [count > 0] - frequency * count + bias.
+    Computes logit - presence * [count > 0] - frequency * count + bias. Tokens of the prompt do not count.
 
     Raises:
         UserError: A number is outside of -100..100.
@@ -195,7 +195,7 @@ def _built(kind: str, chosen: Any) -> Any:
 
 
 def _number(name: str, value: Any, kind: type[int] | type[float], optional: bool) -> None:
-    """Raise UserError unless a value is a number of a kind. A truth value is none."""
+    """Raise UserError unless a value is a number of a kind. A bool is not a number."""
     if value is None and optional:
         return
     fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)

@@ -37,7 +37,7 @@ def clip_from_frames(frames: Any, fps: float = UNKNOWN_FPS) -> Clip:
         if frames.ndim != 4 or not len(frames):
             raise UserError(f"frames of shape {tuple(frames.shape)}: wanted (T, H, W, 3) or (T, 3, H, W)")
     elif not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
-        raise UserError(f"{type(frames).__name__} is no video: wanted a path, bytes, an array, a tensor or a list of frames")
+        raise UserError(f"{type(frames).__name__} is not a video: wanted a path, bytes, an array, a tensor or a list of frames")
     pictures = [picture(frame) for frame in frames]
     if sizes := sorted({(one.shape[2], one.shape[1]) for one in pictures})[1:]:
         raise UserError(f"the frames differ in size: one is {sizes[0][0]}x{sizes[0][1]}")
@@ -65,7 +65,7 @@ def picture(value: Any) -> Tensor:
         value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         kind = f"{getattr(value, 'dtype', '')} {type(value).__name__}".strip()
-        raise UserError(f"{kind} is no picture: wanted a path, bytes, a picture of Pillow, or uint8 values")
+        raise UserError(f"{kind} is not a picture: wanted a path, bytes, a picture of Pillow, or uint8 values")
     return _channels_first(value.cpu())
 
 

@@ -102,7 +102,7 @@ def read_video_settings(folder: str | Path, families: tuple[str, ...], resamples
 def _check(folder: Path, found: Any) -> None:
     """Raise UserError if the settings are not a dict, or one of them has an invalid value."""
     if not isinstance(found, dict):
-        raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
+        raise UserError(f"{folder}: video_processor in processor_config.json is not an object of settings")
     size = found.get("size")
     for name, value in [*found.items(), *(size.items() if isinstance(size, dict) else ())]:
         if value is not None and (wanted := _wanted(name, value)):
