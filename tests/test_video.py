@@ -494,7 +494,7 @@ def test_times_that_no_video_has_are_not_used(stamps):
     [
         ({"reader": "pyaw"}, "reader must be auto or decord or pyav, got 'pyaw'. Did you mean \"pyav\"?"),
         ({"sampling": "unifrom"}, "unknown sampling.*uniform, qwen, endpoints"),
-        ({"frames": 4, "fps": 1.0}, "exclude each other"),
+        ({"frames": 4, "fps": 1.0}, "cannot both be set"),
         ({"frames": 0}, "frames=0"),
         ({"frames": 2.5}, "frames=2.5"),
         ({"frames": 193}, "has 192 frames, fewer than the 193 asked for"),

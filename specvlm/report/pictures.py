@@ -15,7 +15,7 @@ from specvlm.report.table import groups
 
 WIDTH, MARGIN, HEAD = 560, 24, 34  # pixels: of a plot without its axes, around charts, and of a heading
 COLUMN_GAP = 30  # pixels between columns of a legend, where a wider font may go
-# Names of one width each, since texts are measured here and drawn elsewhere.
+# Fonts of the same widths, since texts are measured here and drawn elsewhere.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
 

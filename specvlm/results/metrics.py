@@ -34,7 +34,7 @@ KEYS = {
     "drafted_per_round": "mean guesses checked per round, over the same rounds",
     "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses, up to the depth of the tree",
     "hit_rate": "share of rounds whose tree was drafted, at least in part, while the one before was checked; null if the "
-    "drafter did not guess on",
+    "drafter does not draft during checks",
     "time_to_first_token_s": "embed + prefill, seconds",
     "drafter_start_s": "prune + draft_prefill, after the first token, seconds; 0 if nothing is drafted",
     "decode_s": "drafting and verification of all rounds, without both prefills, seconds (the paper's measure)",
@@ -146,7 +146,7 @@ def reused(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def reuse_of(steps: Sequence[Step]) -> dict[str, Any]:
-    """Tell how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
+    """Return how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
     found = next((step.reused for step in steps if step.reused is not None), None)
     return {"reused_tokens": None if found is None else found.tokens, "reused_s": None if found is None else found.seconds}
 
@@ -201,7 +201,7 @@ TOTALS = {
     "metrics": "the metrics of `scores` with all their fields, and where the rules come from",
     "reasons": "why a sample failed or was skipped, by sample",
     "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` and "
-    "`speedup_file_to_last_token` alike",
+    "`speedup_file_to_last_token` likewise",
     "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not reach counts as 0",
     "times_s": "mean seconds by part, over samples",
     "reader": "the library that read the video, pyav or decord, and why; empty if no file was read",
@@ -271,7 +271,7 @@ def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 # Largest share of tied tokens that rounding explains, by dtype of the target. It is five times the share that the
 # embedded pairs show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %); on their own
-# footage they show none. A 7B model with random weights shows 8 %: its logits lie closer together than those of any
+# footage they show none. A 7B model with random weights shows 8 %: its logits are closer together than those of any
 # trained model.
 NORMAL_TIES = {"float64": 0.0, "float32": 0.0015, "float16": 0.003}
 MOST_TIES = 0.03  # for bfloat16 and quantised weights

@@ -97,7 +97,7 @@ def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
 
 
 def _replaces(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a sample's later line replaces the one before: one that is ok, only by a check that was pending."""
+    """Whether a sample's later line replaces an earlier one. One that is ok is replaced only by its pending check."""
     checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
     return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
@@ -321,7 +321,7 @@ def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         torn: Return a last line without a newline, if it is a JSON object.
 
     Raises:
-        UserError: A line is too long, or a line that is not skipped is no JSON object.
+        UserError: A line is too long, or a line that is not skipped is not a JSON object.
     """
     return [line for line, _ in _objects(path, torn)]
 

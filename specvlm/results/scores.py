@@ -18,7 +18,7 @@ SCORES = {
     "than two samples",
     "high": "upper end of that interval",
     "scored": "number of samples with a score",
-    "unscored": "number of samples without one: their right answer is unknown, or the metric's rule leaves them out",
+    "unscored": "number of samples without a score: their right answer is unknown, or the metric's rule leaves them out",
     "baseline": "mean score of the target's own answers, over the samples where both are scored; null without baselines",
     "gain": "mean, over these samples, of our score minus that of the target's own answer, as `mean`, `low` and `high`, from a "
     "bootstrap paired by sample; null without baselines. Below 0, a lossy rule costs that much",
@@ -75,7 +75,7 @@ def paired(values: Sequence[float]) -> dict[str, Any]:
 
 
 def wilson(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927). Unlike a bootstrap's, it is not a point if all values are equal."""
+    """95 % interval of a share (Wilson, 1927). Unlike a bootstrap interval, it is not empty if all values are equal."""
     count, share = len(values), sum(values) / len(values)
     scale = 1 + Z * Z / count
     middle, half = share + Z * Z / (2 * count), Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))

@@ -18,7 +18,7 @@ Takes the overrides of a run that load the pair and set defaults, such as pair=â
 below. Exit codes are those of a run; 0 after SIGTERM.
 """
 EXTRA = ("starlette", "uvicorn", "prometheus_client", "httpcore")
-OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "check")  # keys that a server does not use
+OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "check")  # not used by a server
 
 
 def show_help() -> None:

@@ -140,7 +140,7 @@ def _heard(here: Any) -> Mapping[str, Any]:
 
 
 def _clip(here: Any, limits: Limits) -> Clip:
-    """Receive the frames. Raises ValueError if they do not have the announced size and shape."""
+    """Receive the frames. Raises ValueError if their description or their size is invalid."""
     try:
         told = Told.model_validate(_heard(here))
     except ValidationError:

@@ -87,7 +87,7 @@ class Protocol(H11Protocol):
             self._stop_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection at once; uvicorn would wait forever for a client that does not read its answer."""
+        """Close an idle connection. If its client has not read the answer, abort it: closing would wait for that forever."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
@@ -132,7 +132,7 @@ class Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def _read_on(self) -> None:
-        """Keep reading after a request: uvicorn stops at the next one, and would not notice that the client disconnects."""
+        """Keep reading after a request. uvicorn stops at the next one, and would not notice a disconnect."""
         if self._answers:
             self.flow.resume_reading()
 
@@ -161,10 +161,12 @@ async def full(scope: Message, receive: Receive, send: Send) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a graceful shutdown: the first signal refuses new requests, the second ends the running ones.
+    """uvicorn's server with a graceful shutdown. The first signal refuses new requests and lets running ones end.
+
+    They get `shutdown_timeout` seconds. The second signal ends the server at once.
 
     Attributes:
-        heard: Number of signals received.
+        heard: Signals received.
     """
 
     def __init__(self, app: App) -> None:

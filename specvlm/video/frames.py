@@ -15,7 +15,7 @@ from specvlm.parsing.files import open_regular
 from specvlm.video.video import Clip
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, whatever the suffix
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, regardless of the suffix
 MOST_PIXELS = 2**26  # limit for one picture, below the size at which Pillow warns
 
 

@@ -17,7 +17,7 @@ from specvlm.errors import UserError, explained
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8 RGB, turned as its EXIF data say. Raises UserError if it cannot be read."""
+    """Read an image file as (3, H, W) uint8 RGB, oriented by its EXIF data. Raises UserError if it cannot be read."""
     hint = " (addresses are not fetched: download it first)" if ":/" in str(path) else ""
     with explained(f"{path}: the image cannot be read{hint}"), Image.open(path) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")

@@ -1,4 +1,4 @@
-"""Read the packets of a video stream without decoding, and judge whether their time stamps are those of its frames.
+"""Read the packets of a video stream without decoding, and decide whether their time stamps are those of its frames.
 
 Shape suffixes: P packets in the order of storage, K key frames.
 """

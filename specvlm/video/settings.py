@@ -24,7 +24,7 @@ FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Frame sampling as a video processor's settings give it. All fields are None if ``do_sample_frames`` is false.
+    """Frame sampling settings of a video processor. All fields are None if ``do_sample_frames`` is false.
 
     Attributes:
         fps: Sampled frames per second; None if not set.
@@ -56,7 +56,7 @@ class SamplingSettings:
         given = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
         if "fps" in given and "num_frames" in given:
             raise UserError(
-                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor exclude each other:"
+                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor cannot both be set:"
                 " set frames=… or fps=…"
             )
         return cls(**given)

@@ -72,7 +72,7 @@ class Clip:
 
 
 class Processed(NamedTuple):
-    """A video as a target's processor has made it of a clip (`VideoLM.processed`).
+    """A clip after processing by a target's video processor (`VideoLM.processed`).
 
     Attributes:
         grid: Layout of its tokens.
@@ -194,7 +194,7 @@ def _check(frames: int | None, fps: float | None, min_frames: int | None, max_fr
     if not callable(sampling) and sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
-        raise UserError(f"frames={frames} and fps={fps} exclude each other: set one")
+        raise UserError(f"frames={frames} and fps={fps} cannot both be set: leave one out")
     for name, value in (("frames", frames), ("min_frames", min_frames), ("max_frames", max_frames)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"{name}={value}: wanted a whole number from 1")
