@@ -164,7 +164,7 @@ def test_allow_list_names_what_is_not_installed(installed, monkeypatch, warnings
     installed(Point("specvlm-good", bringing()))
     monkeypatch.setenv("SPECVLM_PLUGINS", "specvlm-god")
     plugins.load()
-    assert warnings()[0].endswith('is not installed; installed: specvlm-good. Did you mean "specvlm-good"?')
+    assert warnings()[0].endswith('is not installed. There is specvlm-good. Did you mean "specvlm-good"?')
 
 
 def test_two_distributions_with_one_entry_point_name_are_both_named(installed, warnings):

@@ -33,7 +33,8 @@ class Overlapped:
 
         Args:
             levels: Levels of the tree, with one draft pass each.
-            first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not guessed.
+            first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not
+                guessed.
         """
         # A pass that runs when the verdict arrives is waited for; all of them are levels + 1.
         passes = min(levels + 1, max(1, ceil(self.check / self.draft_pass)))

@@ -231,7 +231,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
     """Return a composed configuration without Hydra's own part. Raises UserError if a key or value is wrong."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
-            raise UserError(f'there is no key "{key}"; the keys are {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
+            raise UserError(f'there is no key "{key}"; choose from {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
     for key in config.KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} has no value: give {key}=…")

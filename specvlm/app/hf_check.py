@@ -157,7 +157,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmaxes of one pass over prompt and output. known: the first argmaxes, if known."""
+        """Compare the output with the argmaxes of a pass over prompt and output. known: the first argmaxes, if any."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")

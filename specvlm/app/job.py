@@ -42,7 +42,7 @@ class Job:
     be loaded, and under torchrun also an error while decoding.
 
     folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
-    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: None for no mirror.
+    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: mirror, or None.
     """
 
     quiet = True  # no progress bars, since several jobs share the screen

@@ -41,8 +41,8 @@ def windows(samples: Sequence[Sample], size: int) -> list[list[int]]:
 
     Args:
         samples: The samples.
-        size: Minimum number of samples in a window, except in the last one. A window ends with the last question about a
-            video, unless the video has many.
+        size: Minimum number of samples in a window, except in the last one. A window ends with the last question about
+            a video, unless the video has many.
 
     Returns:
         Indices of the samples of each window.

@@ -42,8 +42,8 @@ class Scorer:
             tokenizer: Decodes the target's own answer.
 
         Returns:
-            `scores` and `baseline_scores`, the latter None without a baseline. Empty if there is no metric, or if memory
-            ran out, so that the answer is not complete.
+            `scores` and `baseline_scores`, the latter None without a baseline. Empty if there is no metric, or if
+            memory ran out, so that the answer is not complete.
         """
         if not self.metrics or figures["out_of_memory"]:
             return {}

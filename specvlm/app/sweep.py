@@ -197,8 +197,9 @@ class Task:
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
-    Jobs that share a target run together, one target after the other. Then their answers are checked, if `check` is set.
-    If a job fails, the others go on, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are raised.
+    Jobs that share a target run together, one target after the other. Then their answers are checked, if `check` is
+    set. If a job fails, the others go on, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are
+    raised.
 
     Args:
         jobs: Started jobs.

@@ -186,7 +186,7 @@ class Budget:
         self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
 
     def shape_for(self, share: Share) -> TreeShape:
-        """Choose a request's shape: that of the round. All requests of a round ask before any of them has its verdict."""
+        """Choose a request's shape: that of the round. All its requests ask before any of them has its verdict."""
         if (steady := share.steady) is not None:
             allowed = [shape for shape in STEADY if len(shape) <= share.most]
             return max(allowed, key=lambda shape: self._rate([share], shape, (0, 0), steady))

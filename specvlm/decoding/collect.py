@@ -108,7 +108,7 @@ def gathered(
 def draft_attention(
     model: VideoLM | None, prompt: VideoPrompt, features: Tensor | Features | None, pruner: Pruner, caches: CachePool
 ) -> Tensor:
-    """(L, N) attention of the last row to the unpruned video in the first `draft_layers` layers of the model that drafts.
+    """(L, N) attention of the last row to the unpruned video in the drafting model's first `draft_layers` layers.
 
     features: Its video features; computed here if None.
     """

@@ -64,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Choice:
-    """The target's rule for choosing a token, written without the verifiers' code: the largest logit, or logit plus noise.
+    """The target's rule for choosing a token: the largest logit, or logit plus noise. Shares no code with verifiers.
 
     Attributes:
         sampling: Greedy, or coupled.

@@ -85,7 +85,7 @@ def compare(
     if first == len(output) == len(baseline):
         return Comparison("identical", exact=exact)
     if first == min(len(output), len(baseline)):
-        return Comparison("mismatch", first, reason=f"the output has {len(output)} tokens, the target alone gives {len(baseline)}")
+        return Comparison("mismatch", first, reason=f"{len(output)} tokens, where the target alone gives {len(baseline)}")
     if steps and [token for step in steps for token in step.tokens] != list(output):
         return Comparison("mismatch", first, reason="the rounds do not add up to the output")
     if exact:

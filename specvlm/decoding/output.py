@@ -8,7 +8,7 @@ from specvlm.types import GenerationOptions
 
 
 class Output:
-    """Ends an answer after the first stop id or stop text (the token is kept), or at the token limit if it comes first."""
+    """Ends an answer after the first stop id or stop text, whose token is kept, or at the token limit."""
 
     def __init__(self, limit: int, stop_ids: frozenset[int], text: AnswerText | None = None) -> None:
         """text: Finds stop texts; None if there are none."""

@@ -21,8 +21,8 @@ from specvlm.types.pixels import pixel_digest
 class PromptKeys:
     """Keys of a prompt's beginnings.
 
-    A key stands for everything that the target's rows up to a slot depend on: the model and how passes run (`root`), the
-    tokens, their rotary positions, and the pixels of videos and images.
+    A key stands for everything that the target's rows up to a slot depend on: the model and how passes run (`root`),
+    the tokens, their rotary positions, and the pixels of videos and images.
 
     Attributes:
         prompt: The prompt.

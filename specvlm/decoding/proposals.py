@@ -42,7 +42,7 @@ class Proposals:
 
     @cached_property
     def ours(self) -> bool:
-        """Whether drafter and session are both specvlm's own. A session of ours may return trees of a plugin's drafter."""
+        """Whether drafter and session are both specvlm's own. Our session may return trees of a plugin's drafter."""
         return is_ours(self.session) and is_ours(self.drafter)
 
     def tree(self, last: Verdict | None) -> Jobs[DraftTree]:

@@ -117,7 +117,7 @@ class SharedScheduler:
 
     @contextmanager
     def _runs(self) -> Iterator[None]:
-        """Context manager in which only this thread uses the engine. Releases the lock meanwhile; enter with the lock."""
+        """Context manager in which only this thread uses the engine. Enter with the lock; it is released meanwhile."""
         self._runner = get_ident()
         self._changed.release()
         try:

@@ -22,7 +22,7 @@ def compared(snapshot: Snapshot) -> tuple[list[str], list[str]]:
 
 
 def blame(strategies: Sequence[Strategy], names: Sequence[str]) -> str:
-    """Build the message for a change. Names the plugins' strategies, or all if there are none, and three changed names."""
+    """Build the message for a change. Lists the plugins' strategies, or all if there are none, and three names."""
     foreign = [one for one in strategies if not is_ours(one)]
     who = " or ".join(map(label_of, foreign or strategies))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -271,7 +271,7 @@ def pass_of_many(
 def _with_best(
     lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, numbers: Tensor, *tables: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, one after the other. Returns the argmax (Q,), too."""
+    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, concatenated. Also returns the argmax (Q,)."""
     count = len(numbers) // 5
     logits_QV, *hidden = pass_of_many(
         lean, anchor, kv_heads, longest, tokens_Q, *numbers.split([3 * count, count, count]), *tables

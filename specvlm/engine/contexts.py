@@ -64,8 +64,8 @@ class Contexts:
 
     Attributes:
         anchor: Tensor of the caches' dtype; addresses are counted from its own.
-        table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT bytes;
-            slots of the cache; slot `base`.
+        table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT
+            bytes; slots of the cache; slot `base`.
         layout: Tables that do not depend on the caches.
         longest: Upper bound on the slots of a cache.
         kv_heads: Number of KV heads.

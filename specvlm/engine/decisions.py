@@ -68,7 +68,7 @@ def verdict_of(check: Check, last: int, bonus: int) -> Verdict:
 
 
 def follow(checks: Sequence[Check], numbers: Sequence[int]) -> None:
-    """Set the answers of checks that follow the argmax. numbers: the argmax of all their nodes, then these nodes' tokens."""
+    """Set the answers of checks that follow the argmax. numbers: the argmax of all their nodes, then the tokens."""
     best, tokens, end = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :], 0
     for check in checks:
         tree, start, end = check.tree, end, end + len(check.tree.parents)

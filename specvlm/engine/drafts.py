@@ -110,7 +110,8 @@ def _side_by_side(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Run `count` calls of equal routines as a function of device tensors, for capture.
 
-    slots: Upper bound on the slots of a cache, and the capacity that the routine sees. kept: Captured layouts are added.
+    slots: Upper bound on the slots of a cache, and the capacity that the routine sees. kept: Captured layouts are
+    added.
     """
     device, works, (longest, shown) = batch.device, [], slots
     for number, state in enumerate(states.view(count, -1)):

@@ -69,7 +69,7 @@ class _Joined:
         self._each = list(zip((one.cache for one in passes), self.rows, self.starts, masks, strict=True))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write a layer's (1, H, R, D) rows to each pass's own cache. Returns them unchanged; attention uses `parts`."""
+        """Write a layer's (1, H, R, D) rows to each pass's cache. Returns them unchanged; attention uses `parts`."""
         for cache, rows, start, _mask in self._each:
             keys, values = cache.layer(layer_idx)
             end = start + rows.stop - rows.start

@@ -123,7 +123,7 @@ class Place(NamedTuple):
     def rope(
         self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
     ) -> Tensor:
-        """Rotate queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
+        """Rotate queries and keys, and write keys and values to cache layer `index`. Returns queries (Q, H, D)."""
         keys, values = (store[0] for store in self.cache.layer(index))
         return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
 

@@ -14,9 +14,9 @@ along its path, and the expected number of accepted guesses is the sum over all 
 M most probable nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never
 tried counts as never accepted, so the tree grows only where the runs looked.
 
-The fit is judged on held-out data: every second run or sample, or every second round of a single one. A tree is fitted to
-the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
-written is fitted to all data.
+The fit is judged on held-out data: every second run or sample, or every second round of a single one. A tree is fitted
+to the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that
+is written is fitted to all data.
 """
 
 if __name__ == "__main__":

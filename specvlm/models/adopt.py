@@ -53,8 +53,8 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
 def check_plain(hf: Any) -> None:
     """Raise UserError unless a copy of the model's modules computes what the model does, now and later.
 
-    Our passes call its layers one by one, so wrappers, hooks and adapters that can be switched off would have no effect.
-    Hooks of transformers and accelerate are allowed, since they change no result.
+    Our passes call its layers one by one, so wrappers, hooks and adapters that can be switched off would have no
+    effect. Hooks of transformers and accelerate are allowed, since they change no result.
     """
     if not isinstance(hf, PreTrainedModel):
         raise UserError(f"a {type(hf).__name__} wraps a model and may change what it computes: give the model itself")

@@ -68,8 +68,8 @@ class AttentionCollector:
         keys: Layer whose keys' L1 norms are collected.
         states: Probe that collects hidden states.
         sight: Probe that collects attention of the vision tower.
-        heads: Also keep the mean over rows per KV head, (L, H, N), which takes 33 MB for 64 layers, 8 KV heads and 16,384
-            tokens.
+        heads: Also keep the mean over rows per KV head, (L, H, N), which takes 33 MB for 64 layers, 8 KV heads and
+            16,384 tokens.
         hidden: Keep the video tokens' last hidden states, (N, D) with D the hidden size.
     """
 
@@ -209,7 +209,7 @@ class AttentionCollector:
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
         """Compute the attention to the video tokens, averaged over heads, as four tensors.
 
-        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 without weights).
+        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 if unweighted).
         (H, N): the mean over rows per KV head; (0, N) unless `heads` is set.
         """
         heads, group, count, _ = query_HGQD.shape

@@ -75,14 +75,14 @@ def pip_line(model_type: str) -> str:
 
 @cache
 def sources() -> dict[str, Source]:
-    """Collect the families of the built-ins and of all plugins. If two have one name, keeps the built-in or first one."""
+    """Collect the families of the built-ins and all plugins. Of two with one name, keeps the built-in or first one."""
     found: dict[str, Source] = {}
     for plugin in plugins.load():
         for model_type, place in plugin.families.items():
             source = Source(place, plugin.label)
             if model_type in found:
                 kept = found[model_type].plugin
-                plugins.report(plugin.label, f'defines model family "{model_type}", which {kept} has already: the latter is used')
+                plugins.report(plugin.label, f'defines model family "{model_type}", but {kept} has it already')
             found.setdefault(model_type, source)
     return found
 

@@ -44,7 +44,8 @@ class Family(ABC):
     def slots(config: Any) -> tuple[int, int]:
         """Return the ids of the placeholder tokens of videos and of images. They may be equal.
 
-        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this method.
+        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this
+        method.
         """
         video, image = (getattr(config, name, None) for name in ("video_token_id", "image_token_id"))
         if video is None or image is None:
@@ -79,7 +80,7 @@ class Family(ABC):
         return self.marks[0]
 
     def spell_image(self, image: dict[str, Any]) -> str:
-        """Return the text that replaces an image's mark, with one slot token for each run of features (`image_runs`)."""
+        """Return the text that replaces an image's mark, with one slot token per run of features (`image_runs`)."""
         return self.marks[1]
 
     def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Guard the methods of plugins' model families: an error or a wrong result names the family and the method, in one line.
+"""Guard the methods of plugins' model families, so that an error or a wrong result names the family and the method.
 
 Built-in families are not guarded: an error in one is a bug of specvlm, which ends a command with its traceback.
 """

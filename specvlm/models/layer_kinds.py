@@ -1,7 +1,7 @@
 """Find the language model of a Hugging Face model, and refuse kinds of layers that are not supported.
 
-Checked guesses that are rejected are cut from the KV cache. A layer that keeps one state for all tokens, instead of a row
-for each, cannot be cut back: docs/architecture-recurrent.md.
+Checked guesses that are rejected are cut from the KV cache. A layer that keeps one state for all tokens, instead of a
+row for each, cannot be cut back: docs/architecture-recurrent.md.
 """
 
 from collections.abc import Sequence

@@ -183,7 +183,7 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory on a device, in bytes. On a GPU this includes memory that torch's allocator holds but does not use."""
+    """Free memory on a device, in bytes. On a GPU this includes unused memory that torch's allocator holds."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -43,7 +43,7 @@ def expanded(
     images: Sequence[dict[str, Any]],
     order: Sequence[str] = (),
 ) -> VideoPrompt:
-    """Implement `VideoLM.expand`. slots: token ids of a video and an image. runs: lengths of each video's and image's runs."""
+    """Implement `VideoLM.expand`. slots: slot token ids of videos and images. runs: run lengths of each of them."""
     wanted = _wanted(slots, runs, order or ["image"] * len(images) + ["video"] * len(grids))
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):

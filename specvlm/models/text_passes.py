@@ -94,7 +94,7 @@ class TextPasses(Family):
         collector: AttentionCollector | None = None,
         chunk: int = CHUNK,
     ) -> Tensor:
-        """Fill an empty cache with a prompt, as `prefilling` does, without a pause. Returns the last hidden state (D,)."""
+        """Fill an empty cache with a prompt, like `prefilling` without pauses. Returns the last hidden state (D,)."""
         return finished(self.prefilling(embeds_SD, positions_AS, cache, cut, collector, chunk))
 
     def prefilling(

@@ -126,8 +126,8 @@ class VideoLM(TextPasses):
         only text of the template.
 
         Args:
-            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text", "text": …},
-                {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
+            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text",
+                "text": …}, {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
             max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
 
         Raises:

@@ -47,7 +47,7 @@ def heading(text: str, top: float, size: int) -> str:
 
 
 def chart_of(spec: dict[str, Any], prefix: str) -> tuple[str, float, float]:
-    """Draw one chart. prefix: makes its ids unique in the picture. Returns the SVG element, its width and its height."""
+    """Draw one chart. prefix: makes its ids unique in the picture. Returns the SVG element, its width and height."""
     plain = coloured({key: value for key, value in spec.items() if key != "autosize"} | {"width": WIDTH})
     look = plain.get("config", {})
     plain["config"] = look | {"font": FONT, "legend": look.get("legend", {}) | {"columnPadding": COLUMN_GAP}}

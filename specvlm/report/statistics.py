@@ -139,7 +139,8 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
     Args:
         jobs: All jobs.
         name: Label, series or folder of the base; if several match, the one with the job's ratio, else the first.
-            None: the job with pruner=uniform and otherwise the same settings and ratio; the first job if no job has one.
+            None: the job with pruner=uniform and otherwise the same settings and ratio. If no job has one, the first
+            job.
 
     Returns:
         The base of each job; None if there is none or it would be the job itself.
@@ -166,7 +167,7 @@ def called(name: str, jobs: Sequence[Job]) -> list[Job]:
     found = [job for job in jobs if name in (job.label, job.series, job.folder.name, str(job.folder))]
     if not found:
         names = [job.label for job in jobs]
-        raise UserError(f"no job is called {name!r}; the jobs are {'; '.join(names)}.{did_you_mean(name, names)}")
+        raise UserError(f"no job is called {name!r}; choose from {'; '.join(names)}.{did_you_mean(name, names)}")
     return found
 
 

@@ -136,7 +136,7 @@ def whole(cell: Cell) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace all white space by single spaces, so that a name cannot end a comment or a cell; drop control characters."""
+    """Replace white space by single spaces, so that a name cannot end a comment or cell; drop control characters."""
     return " ".join(visible(text).split())
 
 

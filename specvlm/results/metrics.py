@@ -63,7 +63,7 @@ KEYS = {
     "by how much the target prefers its own in a one-row pass (gap) and in a many-row pass (gap_many_rows), and the mean drift "
     "by rounding; ties: number of tokens of the answer that are not the one-row choice; control, for a tie: whether a second "
     "decode gives the same baseline. null if no token differs",
-    "hf_check": "verdict of `check=hf` or `generate`, by Hugging Face's own model, loaded separately: identical, tie at token K "
+    "hf_check": "verdict of `check=hf` or `generate`, by Hugging Face's model, loaded separately: identical, tie at token K "
     "(gap G), or MISMATCH at token K: why; lossy; or not checked, and why. null while the check is pending",
     "hf_difference": "the first tokens that are not that model's argmax: index; candidates (ours, then the argmax) as ids and "
     "texts; in logits, by how much it prefers its own (gap) and how much of that rounding explains; null if there are none",

@@ -91,7 +91,7 @@ def bootstrapped(values: Sequence[float]) -> tuple[float, float]:
 
 
 def group_keys(rows: Sequence[Row]) -> list[str]:
-    """Keys of `meta` to group by: their values are texts or whole numbers, few, and shared by two samples on average."""
+    """Keys of `meta` to group by: with few values, texts or whole numbers, that two samples share on average."""
     values = defaultdict[str, list[Any]](list)
     for row in rows:
         for key, value in (row.get("meta") or {}).items():

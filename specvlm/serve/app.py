@@ -81,11 +81,11 @@ class App:
         await self._inner(scope, receive, safe)
 
     def _refused(self, scope: Message) -> ApiError | None:
-        """The error of a request that is refused, or None. A local server refuses pages that call it by another name."""
+        """The error of a refused request, or None. A local server refuses pages that call it by another name."""
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", "localhost").lower())
         if self._local and host not in LOCAL:
-            return ApiError(403, "this server answers only to localhost: give host=0.0.0.0 for other names", code="host_refused")
+            return ApiError(403, "this server answers only localhost: give host=0.0.0.0 for other names", code="host_refused")
         if scope["path"].startswith(GUARDED) and not self._keys.allow(headers.get("authorization")):
             told = "no valid API key: send the header Authorization: Bearer KEY"
             return ApiError(401, told, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
@@ -109,7 +109,7 @@ class App:
 
     async def _clip(self, request: Request) -> Response:
         if (name := request.path_params["name"]) not in names():
-            raise ApiError(404, f"there is no such clip; the clips are {', '.join(names())}", code="no_such_file")
+            raise ApiError(404, f"there is no such clip; choose from {', '.join(names())}", code="no_such_file")
         return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:

@@ -68,7 +68,7 @@ def fetched(url: str, most: int, seconds: float, hosts: Sequence[str] = ()) -> b
 
 
 def check_url(url: str, hosts: Iterable[str]) -> None:
-    """Raise ApiError unless this is a plain http(s) URL of an allowed host. Its IP address is checked when connecting."""
+    """Raise ApiError unless this is a plain http(s) URL of an allowed host. The IP address is checked on connecting."""
     refused = bad(f"{line(url)[:80]}: this address is not fetched", code="address_refused")
     try:
         parts = urlsplit(url)

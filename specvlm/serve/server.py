@@ -87,7 +87,7 @@ class Protocol(H11Protocol):
             self._stop_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection. If its client has not read the answer, abort it: closing would wait for that forever."""
+        """Close an idle connection. Aborts it if the client has not read its answer, for which closing would wait."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:

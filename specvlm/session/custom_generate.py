@@ -41,11 +41,11 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
 
 
 def custom_generate(draft: Any = None, *, processor: str | Path | None = None, engine: str = "auto", **options: Any) -> Any:
-    """Make a decoding method for Hugging Face's `generate`, with a draft: `target.generate(**inputs, custom_generate=…)`.
+    """Make a speculative decoding method for Hugging Face's `generate`: `target.generate(**inputs, custom_generate=…)`.
 
     The output is that of `generate` without it: greedy, or sampled from the same distribution. `GenerationConfig`,
-    logits processors, stopping criteria and streamers apply as usual. Keep the method and use it for all calls: it holds
-    the draft. Several threads may call `generate` with it at once, and then share passes.
+    logits processors, stopping criteria and streamers apply as usual. Keep the method and use it for all calls: it
+    holds the draft. Several threads may call `generate` with it at once, and then share passes.
 
     Args:
         draft: Folder, name on the hub, or a loaded Hugging Face model. None: only drafters without a draft model work.
@@ -83,7 +83,7 @@ class Speculation:
         stopping_criteria: Any,
         generation_config: Any,
         *,
-        # `generate` passes on inputs that are named here unchanged. For others it would encode the pixels and drop them.
+        # `generate` passes on inputs that are named here. For others it would encode the pixels and drop them.
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -119,7 +119,7 @@ class Speculation:
         return SpeculativeOutput(sequences=sequences, statistics=[statistics_of(Reading(prompt, None), s) for s in found])
 
     def _session(self, model: Any) -> Session:
-        """Return the session of a target; a new one if its modules have been replaced. The first call loads the draft."""
+        """Return the session of a target; a new one if its modules were replaced. The first call loads the draft."""
         check_plain(model)
         with self._loading:
             session, tensors = self._sessions.get(model, (None, []))

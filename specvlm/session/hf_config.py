@@ -81,7 +81,7 @@ def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[
         if type(one) in WARPERS:
             field = WARPERS[type(one)]
             if any(order.index(field) <= order.index(before) for before in settings):
-                raise UserError(f"{name} after {', '.join(settings)} is not supported with custom_generate: use each once, in the usual order")
+                raise UserError(f"{name} after {', '.join(settings)} is not supported with custom_generate: use each once")
             settings[field] = getattr(one, field)
         elif name in OTHER_WARPERS or name in STATEFUL:
             raise UserError(f"{name} is not supported with custom_generate")
@@ -139,7 +139,7 @@ def streamer_of_caller() -> Any:
     """Return the streamer that was given to the running `generate`; None if there is none.
 
     transformers 5.17 to 5.23 do not pass it on to a callable: `_extract_generation_mode_kwargs` drops it. It is a local
-    variable of `generate`, whose frame is looked for here. Otherwise the streamer would never get the end of the answer.
+    variable of `generate`, whose frame is looked for here. Otherwise the streamer would never see the answer's end.
     """
     frame = sys._getframe(1)
     while frame is not None:

@@ -60,8 +60,8 @@ def load_pair(
         draft_weights: The same of the draft.
         engine: "auto", "eager" or "graphs".
         mrope: As in `VideoLM`.
-        prefixes: Memory for rows of prompts, which later calls with the same beginning reuse: "auto" is a quarter of the
-            memory that is free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
+        prefixes: Memory for rows of prompts, which later calls with the same beginning reuse: "auto" is a quarter of
+            the memory that is free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
         stall_ms: Milliseconds that prefills of other calls may add to a round of a call that decodes. A layer of a
             prefill runs even if it takes longer.
         options: Default options of calls, see `Options`.
@@ -71,7 +71,8 @@ def load_pair(
         the engine cannot run here.
 
     Raises:
-        UserError: A model or an option cannot be used, the two models do not form a pair, or they do not fit into memory.
+        UserError: A model or an option cannot be used, the two models do not form a pair, or they do not fit into
+            memory.
     """
     check_choice("mrope", mrope, list(Mrope))
     name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
@@ -160,7 +161,7 @@ class Side:
         return "float32" if self.dtype == "auto" and str(self.given).startswith(EMBEDDED) else self.dtype
 
     def need(self, slots: int) -> Need | None:
-        """Memory that the model needs with a cache of `slots` tokens; None if it is loaded already. Reads no weights."""
+        """Memory that the model and a cache of `slots` tokens need; None if it is loaded already. Reads no weights."""
         if not self.loads:
             return None
         bare = skeleton(model_folder(str(self.given)), self.mrope, self.revision)
@@ -193,7 +194,7 @@ def _embedded(target: Any, draft: Any) -> tuple[Any, Any]:
         return target, draft
     name, known = target.removeprefix(EMBEDDED), sorted(path.parent.name for path in model_folder(EMBEDDED).glob("*/target"))
     if name not in known:
-        raise UserError(f"{target}: there is no such embedded pair; the pairs are {', '.join(known)}.{did_you_mean(name, known)}")
+        raise UserError(f"{target}: no such embedded pair; choose from {', '.join(known)}.{did_you_mean(name, known)}")
     return f"{target}/target", f"{target}/plain" if draft is None else draft
 
 

@@ -56,7 +56,8 @@ class Options:
         n: Number of answers to draw after one prefill. None gives one result, a number a list of results.
         stop: A text, or several, that end the answer. They are not part of its text.
         stop_ids: A token id, or several, that end the answer, instead of the checkpoint's.
-        logprobs: Return log-probabilities: of each token of the answer, and of this many most likely tokens at its place.
+        logprobs: Return log-probabilities: of each token of the answer, and of this many most likely tokens at its
+            place.
         repetition_penalty: Divides positive logits of tokens in prompt and answer. None takes the checkpoint's.
         presence_penalty: Subtracted from the logits of tokens in the answer.
         frequency_penalty: The same, once for each time a token is in the answer.
@@ -117,7 +118,7 @@ class Options:
         for name in given:
             if name not in known:
                 hint = ELSEWHERE.get(name)
-                hint = f": {hint}" if hint else f"; the options are {', '.join(known)}.{did_you_mean(name, known)}"
+                hint = f": {hint}" if hint else f"; choose from {', '.join(known)}.{did_you_mean(name, known)}"
                 raise UserError(f'there is no option "{name}"{hint}')
         return replace(self, **given)
 

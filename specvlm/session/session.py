@@ -118,8 +118,8 @@ class Session:
         Args: As in `generate`, without `n`.
 
         Returns:
-            An iterator of texts in whole characters. Closing it, or leaving its `with` block, ends the request and frees
-            its caches.
+            An iterator of texts in whole characters. Closing it, or leaving its `with` block, ends the request and
+            frees its caches.
 
         Raises:
             UserError: As `generate` does.

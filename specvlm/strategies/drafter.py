@@ -102,7 +102,8 @@ class DraftSession(ABC):
     """Drafter state of one request, created by `Drafter.start`.
 
     Attributes:
-        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session has no `guess_on`.
+        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session has no
+            `guess_on`.
     """
 
     drafted_ahead: int | None = None

@@ -135,7 +135,7 @@ def find(kind: str, name: str) -> StrategyInfo:
     """
     table = collect()
     if kind not in table:
-        raise UserError(f'there is no kind of strategy "{kind}"; the kinds are {", ".join(table)}.{did_you_mean(kind, table)}')
+        raise UserError(f'there is no kind of strategy "{kind}"; choose from {", ".join(table)}.{did_you_mean(kind, table)}')
     if name not in table[kind]:
         raise UserError(unknown(kind, name, list(table[kind])))
     return table[kind][name]

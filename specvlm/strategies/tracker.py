@@ -97,5 +97,5 @@ class Tracker(Strategy, ABC):
         """
 
     def next_step(self, folder: Path) -> str:
-        """Command to suggest when all jobs are done, such as one that shows or uploads what `folder` holds; may be empty."""
+        """Command to suggest when all jobs are done, such as one that uploads what `folder` holds; may be empty."""
         return ""

@@ -95,8 +95,8 @@ class VerifyContext:
         tree: The draft tree of M nodes.
         logits_MV: (M, V) The target's logits, one row per node, over the target's full vocabulary.
         generator: Random generator, seeded per request.
-        dice: Uniform random numbers on the device, drawn ahead of a captured step. Read them with `numbers`, which draws
-            them if this is None.
+        dice: Uniform random numbers on the device, drawn ahead of a captured step. Read them with `numbers`, which
+            draws them if this is None.
         tables: Result of `Verifier.tables` for this tree, on the device, if a captured step serves all trees of this
             size; None otherwise.
         hidden_MD: (M, D) The target's last hidden states of the nodes. None if the verifier does not set
@@ -275,7 +275,7 @@ class Verifier(Strategy, ABC):
 
 
 def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
-    """Apply a rule. Raises ValueError unless it returns (2,) integers, which is not checked again when they are read."""
+    """Apply a rule. Raises ValueError unless it returns (2,) integers, since later code could not detect that."""
     found = verifier.decide(context)
     if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")

@@ -40,10 +40,10 @@ def check_family(target: str | Path, draft: str | Path) -> int:
     `tree` and `self`, ratios 0, 0.9 and 1, original and reindexed positions.
 
     Checks: shapes of features, embeddings and positions; runs that fill a grid; text after the last video or image that
-    counts up by one, equally on all axes; a frame's features that do not depend on other frames; attention recorded by a
-    `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that `sampling`
-    chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those of
-    transformers' forward, within rounding, and every answer that of its `generate`.
+    counts up by one, equally on all axes; a frame's features that do not depend on other frames; attention recorded by
+    a `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that
+    `sampling` chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those
+    of transformers' forward, within rounding, and every answer that of its `generate`.
 
     Args:
         target: Folder of a checkpoint of the family.
@@ -175,7 +175,8 @@ def _check_prefill(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
 def _check_logits(lm: VideoLM, hf: Any, prompt: VideoPrompt, what: str) -> None:
     """Compare the logits of every row of the prompt with those of Hugging Face's model.
 
-    A slot's own logits depend most on its own features, so this finds single wrong features, which answers may not show.
+    A slot's own logits depend most on its own features, so this finds single wrong features, which answers may not
+    show.
     """
     hidden_SD = lm.forward(lm.embed(prompt, lm.features(prompt)), lm.positions(prompt), lm.new_cache(len(prompt)), None)
     ours_SV, theirs_SV = lm.head(hidden_SD), hf(**lm.generate_inputs(prompt)).logits[0]

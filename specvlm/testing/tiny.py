@@ -36,9 +36,9 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """Return a copy of `model(family)` with Gaussian noise on its weights. As its draft it guesses right often, but not always.
+    """Return a copy of `model(family)` with noisy weights. As that model's draft it guesses right often, not always.
 
-    noise: Standard deviation of the noise.
+    noise: Standard deviation of the Gaussian noise.
     """
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():

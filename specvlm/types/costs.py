@@ -69,7 +69,7 @@ class _Profile(TypedDict):
 
 
 def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
-    """Read the costs.json of `python -m specvlm.advise`, for a drafter. Raises ValueError or OSError if it is not one."""
+    """Read a drafter's costs from the costs.json of `python -m specvlm.advise`. Raises ValueError or OSError."""
     found: _Profile = parse(_Profile, json_of(read_text(path)), f"costs={path}")
     rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
     mine = [one for one in found["timings"] if one["drafter"] == drafter]

@@ -52,7 +52,8 @@ class Step:
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
             the request has `record`.
-        logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for them.
+        logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for
+            them.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not show what the
             target would have chosen.
         ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if none was

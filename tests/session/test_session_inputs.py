@@ -135,7 +135,7 @@ BAD = {
     "no message": ({"prompt": []}, "needs a message"),
     "a message without its list": ({"prompt": {"role": "user", "content": "what?"}}, "put the message into a list"),
     "a role that is none": ({"prompt": [{"role": "usr", "content": "what?"}]}, 'Did you mean "user"'),
-    "a text that is none": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "expected a text, got"),
+    "a text that is none": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "expected a text"),
     "an image's address": ({"images": "https://a.example/b.png"}, "not fetched"),
 }
 

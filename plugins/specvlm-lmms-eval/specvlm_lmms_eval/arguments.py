@@ -35,7 +35,8 @@ def pair_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in KNOWN:
             names = [*KNOWN, "pretrained", "max_num_frames"]
-            hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else f"; the names are {', '.join(names)}.{did_you_mean(name, names)}"
+            known = f"; choose from {', '.join(names)}.{did_you_mean(name, names)}"
+            hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else known
             raise UserError(f'model_args: there is no "{name}"{hint}')
     return {name: _parsed(name, value) for name, value in given.items()}
 

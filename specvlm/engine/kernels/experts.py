@@ -58,7 +58,7 @@ def _route_kernel(
 
 @triton.jit
 def _pairs_of(id_ptr, PAIRS, p, BY_PAIR: tl.constexpr):
-    """Return this program's expert, and its pairs: mask, ranks and count. No pairs if another program has the expert."""
+    """Return this program's expert, and its pairs: mask, ranks, count. No pairs if another program has the expert."""
     ids = tl.load(id_ptr + p, mask=p < PAIRS, other=-1)
     expert = tl.program_id(1)
     first = 0
@@ -83,7 +83,8 @@ def _some_pairs(mine, rank, count, p, first, ROWS: tl.constexpr):
 def _load_tile(w_ptr, s_ptr, outputs, k, offs_k, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
     """Load a tile of weights in the dtype `kind`, dequantised as `QuantizedLinear.weight_in` does.
 
-    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's inputs.
+    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's
+    inputs.
     """
     WIDE: tl.constexpr = 2 if KIND == "int4" else 1
     at = outputs[:, None].to(tl.int64) * (K // WIDE) + (k + offs_k)[None, :]
@@ -147,7 +148,7 @@ def _down_experts_kernel(
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute out (X, Q, N): each pair's y times its expert's w (E * N, F) and its weight. Grid (tiles of N, experts)."""
+    """Compute out (X, Q, N): each pair's y times its expert's w (E * N, F) and weight. Grid (tiles of N, experts)."""
     p = tl.arange(0, BLOCK)
     offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
     offs_k = tl.arange(0, BK)

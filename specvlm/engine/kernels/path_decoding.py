@@ -275,7 +275,7 @@ def _launch(
     q_QHD: Tensor, both: tuple[Tensor, Tensor], tables: tuple[Tensor, ...], kv_heads: int, capacity: int, layer: int,
     blocks: int, scale: float, kind: str, chunk: int, many: bool,
 ) -> Tensor | Narrow:  # fmt: skip
-    """Launch both kernels. both: keys and values, or the anchor. tables: `_path_kernel`'s arguments from ways_ptr on."""
+    """Launch both kernels. both: keys and values, or the anchor. tables: arguments of `_path_kernel` from ways_ptr."""
     rows, heads, width = q_QHD.shape
     if capacity > LONGEST or heads > ROWS * kv_heads:
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")

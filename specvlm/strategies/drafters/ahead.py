@@ -83,8 +83,8 @@ class Plan:
         bonus_O: Index in the pool of each outcome's correction.
         tokens_OM: Indices of its tree's tokens.
         more_OEX: Indices of the corrections of its tree's expanded nodes.
-        ways_OD: Slots to move to those from the current root's on, relative to that: the accepted path, the new root and
-            its tree's other expanded nodes. Past them, position i holds i.
+        ways_OD: Slots to move to those from the current root's on, relative to that: the accepted path, the new root
+            and its tree's other expanded nodes. Past them, position i holds i.
         found_OE: Row of each expanded node among those of all passes.
     """
 
@@ -283,7 +283,8 @@ def guess(
     Args:
         piece: Tables of the pass.
         vocabulary, rule, more, model, cache: As for `expand`.
-        state_4: Slot of the current root, position minus slot, seed of a coupled rule, slot of the answer's first token.
+        state_4: Slot of the current root, position minus slot, seed of a coupled rule, slot of the answer's first
+            token.
         pool_N: The pool so far.
         races_EV: Random numbers of the next tree, one row per expanded node; (0,) if children are not drawn.
 

@@ -79,7 +79,7 @@ class GrownTreeDrafter(Drafter):
     def start(self, ctx: DraftContext) -> GrownSession:
         widest = max(max(self.growth(*extent).columns) for extent in self.extents())
         if widest > ctx.vocabulary:
-            raise UserError(f"drafter={self.name} needs {widest} guesses per node, but there are {ctx.vocabulary} tokens")
+            raise UserError(f"drafter={self.name} needs {widest} guesses per node, there are {ctx.vocabulary} tokens")
         return GrownSession(ctx, drafting_model(ctx, self.model), self)
 
 

@@ -91,7 +91,7 @@ class OverlapDrafter(TreeDrafter):
         if (widest := max(self.fixed.ranks) + 1 + self.corrections) > ctx.vocabulary:
             raise UserError(
                 f"drafter.shape={self.shape} with corrections={self.corrections} needs {widest} guesses per node,"
-                f" but there are {ctx.vocabulary} tokens"
+                f" there are {ctx.vocabulary} tokens"
             )
         return OverlapSession(ctx, drafting_model(ctx, self.model), self, self.rule_of(ctx))
 

@@ -103,10 +103,10 @@ class TreeDrafter(Drafter):
         return kind(ctx, drafting_model(ctx, self.model), max(self.shapes, key=len), self.rule_of(ctx))
 
     def rule_of(self, ctx: DraftContext) -> Sampling | None:
-        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if the keys conflict."""
+        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if keys conflict."""
         widest = max(rank for shape in self.shapes for rank in shape.ranks) + 1
         if widest > ctx.vocabulary:
-            raise UserError(f"drafter.shape={self.shape} needs {widest} guesses per node, but there are {ctx.vocabulary} tokens")
+            raise UserError(f"drafter.shape={self.shape} needs {widest} guesses per node, there are {ctx.vocabulary} tokens")
         rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
@@ -182,7 +182,7 @@ class TreeSession(PrunedSession):
         return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
 
     def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
-        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is cached."""
+        """Draft a tree below `bonus`, which follows a node of the last tree. there: Whether its row is cached."""
         base = self.root + self.shape.depths[node]
         routine = self.anew(there)
         races = self.races.exponential_(generator=self.generator) if self.sample else None
