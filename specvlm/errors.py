@@ -126,7 +126,7 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, at most 300 characters of it.
 
     The error's type comes first, unless an OSError, ImportError or ValueError (but no UnicodeError) has a text of ten
-    characters or more. A missing module gets no type, but how to install it.
+    characters or more. For a missing module, the text says how to install it instead.
     """
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""

@@ -183,7 +183,7 @@ def measure(
 
 
 def ends(ratios: Sequence[float]) -> list[float]:
-    """The ratios to predict for several requests: the lowest, and that nearest to 0.9."""
+    """Choose the ratios to predict for several requests: the lowest, and the one nearest to 0.9."""
     return sorted({min(ratios), min(ratios, key=lambda ratio: abs(ratio - 0.9))})
 
 

@@ -12,7 +12,7 @@ from specvlm.types import VideoPrompt
 
 
 def further(graph: DecodingGraph, prompt: VideoPrompt) -> list[str]:
-    """Measure the time to first token of another question, as one line of text; no line if nothing can be kept."""
+    """Measure the time to first token of another question, as one line of text. Returns no line if nothing is kept."""
     if not prompt.cut or prompt.text != prompt.cut:
         return []
     graph, tail = replace(graph, prefixes=PrefixStore(2**62)), prompt.tokens[prompt.cut :]

@@ -17,7 +17,7 @@ FASTEST = 8  # candidates shown, besides the fastest of each drafter and ratio
 def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
     """Print the target alone, then the fastest candidates and the fastest of each drafter and ratio, by ms per token.
 
-    tokens: length of the answer for the times end to end.
+    tokens: length of the answer for the end-to-end times.
     """
     ranked = sorted(found, key=lambda c: c.token_ms)
     firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()

@@ -1,4 +1,4 @@
-"""The adviser's own options, checked."""
+"""Parse and check the adviser's own options."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ REQUESTS = Within(1, 16)  # of requests=…
 
 @dataclass(frozen=True)
 class Wishes:
-    """The adviser's own options (OWN), checked.
+    """Checked values of the adviser's own options (OWN).
 
-    known: Acceptance by drafter and ratio; empty: measure it. costs: of an earlier profile; None: measure them.
+    known: Acceptance by drafter and ratio; empty: measure it. costs: Those of an earlier profile; None: measure them.
     """
 
     drafters: tuple[str, ...]
@@ -76,7 +76,7 @@ class Wishes:
         return cls(tuple(names), known, tokens, check == "true", costs, requests)
 
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Shapes and ratios to predict, for each wished drafter of TREES. Those of `tree` include the run's own."""
+        """Shapes and ratios to predict, for each requested drafter of TREES. `tree` includes the run's own shape."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
         if self.known:  # ratio 1: do not assume that a drafter without video guesses as well
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]

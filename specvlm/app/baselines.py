@@ -191,7 +191,7 @@ def revision() -> str:
 
 
 def digest(prompt: VideoPrompt) -> str:
-    """Hash of the prompt's tokens and pixels, and of which slots are those of videos and of images."""
+    """Hash of the prompt's tokens and pixels, and of which slots hold videos and images."""
     found = sha256()
 
     def add(value: Any) -> None:

@@ -23,7 +23,7 @@ def guarded(action: Callable[[], int], full: bool | None = None) -> int:
 
     Args:
         action: Returns an exit code.
-        full: Print tracebacks of user errors too. None: if HYDRA_FULL_ERROR=1 asks for them.
+        full: Print tracebacks of user errors too. None: only if HYDRA_FULL_ERROR=1 is set.
     """
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):

@@ -157,7 +157,7 @@ class RunConsole:
         self.written(folder)
 
     def checked(self, found: Mapping[str, Any], label: str = "") -> None:
-        """Print the verdict of `check=…`. found: the row of a sample, or the summary of a run; label: of the job."""
+        """Print the verdict of `check=…`. found: the row of a sample, or the summary of a run; label: the job's."""
         whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
         self.console.print(
             styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded separately")
@@ -173,7 +173,7 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. label: of the job; count: such as "3/10"; left: what `left` returns."""
+        """Print one line for a finished sample. label: the job's label; count: such as "3/10"; left: from `left`."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
@@ -250,7 +250,7 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
 
 
 def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
-    """Yield the cells of a job's line in the table, from its summary.json: one for each of COLUMNS but the name."""
+    """Yield the cells of a job's line in the table, from its summary.json: one for each of COLUMNS except the name."""
     yield f"{found['ok']}/{found['samples']}"
     for _, key, shown in NUMBERS:
         yield "-" if found.get(key) is None else shown(found[key])  # older summaries lack some keys

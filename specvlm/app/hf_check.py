@@ -130,12 +130,12 @@ class ReferenceModel:
         """Check that each token is the model's argmax given those before it, and that the output ends where it should.
 
         Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
-        token, and those two if a token differs.
+        token, and two more if a token differs.
 
         Args:
             prompt: Only its token ids and the vision inputs of its videos and images are read.
             output: Token ids, including the stop id.
-            limit: Maximum number of new tokens that was asked for.
+            limit: Maximum number of new tokens that was requested.
             penalty: Repetition penalty; None: that of the checkpoint's generation config.
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
@@ -199,7 +199,7 @@ class ReferenceModel:
     def _logits(self, prompt: VideoPrompt, output: Sequence[int], perturbed: bool = False) -> Tensor:
         """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`.
 
-        The last ones are taken, since some models' forward computes those of the whole prompt in any case.
+        Takes the last rows of the result, since some models compute the logits of the whole prompt in any case.
         """
         inputs = self._inputs(prompt, output[:-1]) | last_logits(self.hf, len(output))
         with perturbation(self.hf) if perturbed else nullcontext():
@@ -259,7 +259,7 @@ def room(setup: Setup) -> Iterator[None]:
 
 
 def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
-    """Format a result as hf_check and hf_difference (see `metrics.KEYS`); of the latter, the first MOST differences."""
+    """Format a result as hf_check and hf_difference (see `metrics.KEYS`), at most MOST differences."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
         for part in found.differences[:MOST]

@@ -71,7 +71,7 @@ class Job:
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
     def start(self) -> None:
-        """Check all that needs no weights, open the folder, find the samples to do. Raises UserError if that fails."""
+        """Check everything that needs no weights, open the folder and find the samples to answer. Raises UserError."""
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
@@ -137,7 +137,7 @@ class Job:
         return partial(read, self.setup, self.samples[index], self.held.videos)
 
     def close(self) -> int:
-        """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK without any."""
+        """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK if none."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -291,7 +291,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Part of a warm-up's key: what decodes. A plugin may depend on anything, so its job shares no warm-up."""
+        """Part of a warm-up's key: what decodes. A job with a plugin shares no warm-up: it may depend on anything."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -311,7 +311,7 @@ class Job:
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
 
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
-        """Build a row with every key but `order`; metrics are None."""
+        """Build a row with all keys except `order`; metrics are None."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         with inside(dataset):

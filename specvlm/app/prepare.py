@@ -38,7 +38,7 @@ SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…)
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked configuration with its strategies and with skeletons, models without weights.
+    """A checked configuration with its strategies and its models as skeletons, which have no weights.
 
     Attributes:
         draft: None if the drafter needs no draft model.
@@ -72,7 +72,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample, made into the target's prompt.
+    """A sample whose video was read and made into the target's prompt.
 
     Attributes:
         clip: Name of the video.
@@ -110,7 +110,7 @@ class Prepared(Setup, Reading):
 
 
 def set_up(cfg: RunConfig, places: Placement) -> Setup:
-    """Build strategies and skeletons and check all that needs no video. Raises UserError if the run is not possible."""
+    """Build strategies and skeletons, and check everything that needs no video. Raises UserError if a check fails."""
     pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     target.check_template()
@@ -189,7 +189,7 @@ def processed(setup: Setup, sample: Sample, known: KnownVideos | None) -> Proces
 
 
 def keeps_prompts(cfg: RunConfig, places: Placement) -> bool:
-    """Whether prompts are kept for later samples. Not by several ranks, whose stores could come to differ."""
+    """Whether prompts are kept for later samples. With several ranks they are not, since their stores could differ."""
     return cfg.dataset is not None and cfg.prefixes is not False and places.ranks == 1
 
 

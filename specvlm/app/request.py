@@ -114,7 +114,7 @@ def row(number: int, step: Step) -> dict[str, Any]:
 
 
 def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[dict[str, Any], str]:
-    """Return the content of summary.json (see `metrics.KEYS`) and the verdict in a word, see `judge`."""
+    """Return the content of summary.json (see `metrics.KEYS`) and the one-word verdict (see `judge`)."""
     steps, baseline = record.steps, record.baseline
     peak = max(map(memory_plan.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
     verdict, text, difference = judge(request, graph, record)
@@ -171,8 +171,8 @@ def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Base
 def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[str, str, dict[str, Any] | None]:
     """Compare the answer with the baseline, unless it is sampled or lossy.
 
-    Returns the verdict in a word, such as "tie"; in full, such as "numeric tie at token 5 (gap 0.1)"; and `difference`
-    as `metrics.KEYS` explains it.
+    Returns the verdict in one word, such as "tie"; in full, such as "numeric tie at token 5 (gap 0.1)"; and
+    `difference` as `metrics.KEYS` explains it.
     """
     baseline = record.baseline
     if baseline is None or record.out_of_memory:

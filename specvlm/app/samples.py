@@ -61,7 +61,7 @@ def windows(samples: Sequence[Sample], size: int) -> list[list[int]]:
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """Return a sample's metadata for JSON. If JSON cannot hold it or it is nested too deep, its values become texts.
+    """Return a sample's metadata for JSON. If JSON cannot hold them or they are nested too deeply, they become texts.
 
     Long texts are then cut.
     """

@@ -162,7 +162,7 @@ class Sweep:
             screen.note(tracking.next_step(self.folder))
 
     def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-        """Row of a job in the table that the tracker gets. found: its summary."""
+        """Row of a job in the tracker's table of jobs. found: the job's summary."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
         figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
@@ -198,7 +198,7 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
     Jobs that share a target run together, one target after the other. Then their answers are checked, if `check` is
-    set. If a job fails, the others go on, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are
+    set. If a job fails, the others continue, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are
     raised.
 
     Args:

@@ -130,10 +130,10 @@ class Round:
     """Shapes chosen for the requests of a round.
 
     Attributes:
-        shape: The shape of most of them, and the deepest.
+        shape: The shape of most requests, which is also the deepest.
         rate: Expected tokens per ms; 0 if the shape is a trial.
         mine: Number of requests whose shapes the budget chooses.
-        others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
+        others: (number, rows) of the requests that share the target's pass but choose their shapes themselves.
         own: The shape of each request that has chosen since the last review.
         shapes: The shape of each request that takes part.
         told: Whether a request has its verdict, so that the next request to ask begins a new round.

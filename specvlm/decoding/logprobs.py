@@ -22,7 +22,7 @@ AT_ONCE = 64  # rows whose logits are held at once
 
 
 def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tensor, count: int | None) -> Jobs[Step]:
-    """Add the log-probabilities of the answer to its last step; return any other step as it is.
+    """Add the log-probabilities of the answer to its last step; return any other step unchanged.
 
     logits_1V: Logits of the prefill. count: As in `logprobs_of`; None adds none.
     """

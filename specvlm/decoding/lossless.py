@@ -1,6 +1,6 @@
 """Check that an output is the target's own: compare it with `autoregressive` and explain the first difference.
 
-A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
+A pass over several rows sums in a different order than a pass over one row. In float32 the difference rarely shows; in
 bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric tie is measured, never assumed:
 
 1. The run is replayed from its draft trees, by other code for masks, positions, cache moves and acceptance (except

@@ -64,7 +64,7 @@ class Prefill:
         return Prefilled(features_ND, logits_1V, reused, Kept(store, match, last, made))
 
     def _computed(self, match: Match | None) -> Pauses[tuple[Tensor | Features, Tensor]]:
-        """Compute what is not known. Returns the video features and the next token's logits."""
+        """Compute the part of the prompt that is not known. Returns the video features and the next token's logits."""
         features_ND = joined((yield from self._features(match)) or [self.target.blank(0)])
         if match is not None and match.ending is not None:
             return features_ND, self._copied(match, match.ending)
@@ -114,7 +114,7 @@ class Prefill:
         return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
 
     def _behind(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
-        """Run the target over what is not known. Returns the next token's logits, (1, V)."""
+        """Run the target over the rows that are not known. Returns the next token's logits, (1, V)."""
         target, prompt, cache = self.target, self.prompt, self.cache
         begin = 0 if match is None else self._begin(match)
         positions_AS = target.positions(prompt) if match is None else match.keys.positions_AS

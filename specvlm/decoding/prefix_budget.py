@@ -22,7 +22,7 @@ def share_of(device: torch.device, free: int) -> int:
 
 
 def host_bytes(devices: Iterable[torch.device]) -> int:
-    """Return the bytes of host memory to which rows of these devices may move. None for rows of a CPU."""
+    """Return the bytes of host memory that rows moved from these devices may take. 0 if they are CPUs."""
     if all(device.type == "cpu" for device in devices):
         return 0
     return min(MOST_ON_HOST, int(HOST_SHARE * free_bytes(torch.device("cpu"))))

@@ -39,8 +39,8 @@ class Entry(Item):
         start: First slot.
         end: Slot after the last one.
         tail: Tokens of the text after the last video, up to `end`. Empty for the rows of a video and what precedes it.
-        signals: Names of what a collector recorded of the video tokens; these tensors follow those of the rows.
-        seconds: Time that the target took for these rows when they were computed.
+        signals: Names of the signals recorded for the video tokens; their tensors follow those of the rows.
+        seconds: Time that the target took to compute these rows.
         ending: End of the prefill, if these rows are its last.
     """
 
@@ -107,7 +107,7 @@ class Match:
         cache.length = end
 
     def seconds(self, slots: int) -> float:
-        """Time that the rows up to a slot took when they were computed."""
+        """Time that computing the rows up to a slot took."""
         spans = [*((entry, entry.end) for entry in self.videos), *self.texts]
         sizes = [(entry, min(upto, slots) - entry.start) for entry, upto in spans]
         return sum(entry.seconds * max(0, size) / (entry.end - entry.start) for entry, size in sizes)

@@ -57,9 +57,9 @@ class PrefixStore:
 
     Attributes:
         hits: Requests that found a beginning of their prompt.
-        misses: Those that did not.
+        misses: Requests that found none.
         tokens: Prompt tokens whose rows were found.
-        seconds: Time that these rows took when they were computed.
+        seconds: Time that computing these rows took.
     """
 
     def __init__(self, device_bytes: int, host_bytes: int = 0) -> None:
@@ -81,7 +81,7 @@ class PrefixStore:
         return PromptKeys(prompt, target.positions(prompt), root.encode())
 
     def known(self, target: VideoLM, prompt: VideoPrompt, engine: Engine) -> int:
-        """Return the number of a prompt's tokens that are known."""
+        """Return the number of a prompt's tokens whose rows are known."""
         with self.match(self.keys(target, prompt, engine), None, engine.exact(target)) as match:
             return match.slots
 

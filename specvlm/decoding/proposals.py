@@ -30,7 +30,7 @@ class Proposals:
         lease: The session's caches, the only ones that its passes may write to.
         engine: Engine that runs the passes.
         clock: Clock of the request.
-        joins: Whether draft passes may run together with other requests' (see `Call.joins`).
+        joins: Whether draft passes may run together with those of other requests (see `Call.joins`).
     """
 
     drafter: Drafter

@@ -206,7 +206,7 @@ def draft_process(load: Callable[[], Models], make: Callable[[], Engine] = Engin
     """Start a process that drafts, and end it at the end of the block.
 
     Args:
-        load: Loads the models there; for "spawn", a module-level function or a `partial` of one.
+        load: Loads the models in that process; for "spawn", a module-level function or a `partial` of one.
         make: Makes its engine.
         how: How Python starts the process: "spawn" or "fork".
     """

@@ -23,8 +23,8 @@ class Scheduler:
     the steps of one request advances all of them. Requests start in the order in which they were submitted, as soon as
     there is room. None overtakes another, so a request waits at most until those before it have ended.
 
-    A request that fails, is cancelled or runs out of memory affects no other. Not thread-safe: give each thread its own
-    scheduler, or use a `SharedScheduler`; several schedulers may share a graph.
+    A request that fails, is cancelled or runs out of memory does not affect others. Not thread-safe: give each thread
+    its own scheduler, or use a `SharedScheduler`. Several schedulers may share a graph.
 
     Args:
         engine: Engine that runs the passes.

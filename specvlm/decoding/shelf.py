@@ -10,15 +10,15 @@ from specvlm.models.kept import Kept
 
 @dataclass(eq=False)
 class Item:
-    """Something that is kept.
+    """An item on a shelf: tensors that are kept for later requests.
 
     Attributes:
-        kept: Its tensors.
-        parent: Item that it needs, which is therefore not dropped before it.
+        kept: The tensors.
+        parent: Item that this one depends on, which is therefore not dropped first.
         more: Bytes on the device besides `kept`.
-        users: Number of running requests that read it now. While there are any, it may not move.
-        children: Number of items whose parent it is.
-        used: Time of its last use, counted in uses.
+        users: Number of running requests that read the item now. While there are any, it may not move.
+        children: Number of items whose parent this item is.
+        used: Number of its last use, among the uses of all items.
     """
 
     kept: Kept
@@ -30,11 +30,11 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in its current place."""
+        """Bytes of the item on its device, or in host memory if it is there."""
         return self.kept.nbytes + self.more
 
     def forget(self) -> None:
-        """Free its tensors once it is dropped, even if a request that has read it still holds the item."""
+        """Free the tensors of a dropped item, even if a request that has read it still holds the item."""
         if not self.users:
             self.kept = Kept(())
 
@@ -58,7 +58,7 @@ class Shelf:
         self._clock = count(1)
 
     def nbytes(self, on_host: bool = False) -> int:
-        """Bytes of all items, of those on devices or of those in host memory."""
+        """Bytes of all items on devices; with `on_host`, of all items in host memory."""
         return sum(item.nbytes for item in self.items if item.kept.on_host is on_host)
 
     def put(self, item: Item) -> None:

@@ -46,7 +46,7 @@ class Slices:
                 spent += self._advance(ticket, others, on)
 
     def _may_go_on(self, others: Sequence[Ticket], spent: float) -> bool:
-        """Whether no request that decodes has waited too long; without any, whether the slice is still short."""
+        """Whether no request that decodes has waited too long; if none decodes, whether the slice is still short."""
         stalled = max((other.stalled for other in others), default=spent)
         return not stalled or stalled + self._last_s <= self.stall_s
 

@@ -48,14 +48,14 @@ class AnswerText:
         return found + rest
 
     def _decoded(self) -> str:
-        """Return the text of the tokens that are not in text yet."""
+        """Return the text of the tokens that have not been turned into text yet."""
         known, whole = (
             self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (self._tokens[: self._known], self._tokens)
         )
         return str(whole[len(known) :])
 
     def _passed(self, new: str) -> str:
-        """Count text as known. Returns it, without what is held back or comes after a stop text."""
+        """Add decoded text. Returns the certain part, up to a stop text or what may be the beginning of one."""
         self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
         text = self._held + new
         if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:

@@ -39,7 +39,7 @@ class Request:
         penalty: Repetition penalty, which knows the tokens so far.
         generator: Source of the request's random numbers.
         stop_ids: Token ids that end the answer.
-        mark: Called with "capture" when a step was captured before it ran, to time the capture apart.
+        mark: Called with "capture" when a step was captured before it ran, to time the capture separately.
         video_ND: (N, D) last hidden states of the video tokens, scaled to unit length, for a verifier that reads hidden
             states.
         lossless: Whether the verifier claims to be lossless. If not, `strict_ends` decides where the answer ends.
@@ -108,7 +108,7 @@ class Engine:
         return run_joined(passes[0].model, passes)
 
     def finish(self, work: Work[T] | T) -> T:
-        """Run a generator of passes to its end and return its result. A plain value is returned as it is."""
+        """Run a generator of passes to its end and return its result. A plain value is returned unchanged."""
 
         def run(item: Any) -> Any:
             return finished(self.call(item, lambda part: None), run) if isinstance(item, Call) else self.run([item])[0]

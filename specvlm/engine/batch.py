@@ -69,7 +69,7 @@ def bytes_for(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
     """Estimate the bytes that a model's joined passes hold on a GPU: attention in parts, and logits of five programs.
 
     Args:
-        model: May be a skeleton.
+        model: The model, which may be a skeleton.
         slots: Slots of the longest cache.
         dtype: Dtype of the logits.
     """
@@ -160,7 +160,7 @@ class Batch:
         """Run passes of at most `LeanText.most` rows and REQUESTS requests together as one. Called with the lock.
 
         Args:
-            passes: The passes, each of another cache. Their rows fit.
+            passes: The passes, each on a different cache, which has room for its rows.
             fixed: Whether the tensors `depths_Q` and `seen_QT` never change, so that layouts can be reused.
             copy: Copy the results, for a caller that runs another pass before it reads them.
 
@@ -171,7 +171,7 @@ class Batch:
         return self.split(passes, [part.clone() for part in outputs] if copy else outputs)
 
     def _outputs(self, passes: Sequence[Pass], fixed: bool) -> tuple[list[Tensor], Tensor]:
-        """Run passes as `run` does. Returns what `split` takes, and the argmax (Q,). The next pass overwrites them."""
+        """Run passes as `run` does. Returns the input of `split` and the argmax (Q,). The next pass overwrites both."""
         shape = Shape.of(passes)
         key = ("batch", *shape)
         program = self.captured(key, partial(self._build, shape), "passes of several requests run one by one", key)

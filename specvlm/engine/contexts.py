@@ -63,7 +63,7 @@ class Contexts:
     """A layout, and where the caches of its requests are.
 
     Attributes:
-        anchor: Tensor of the caches' dtype; addresses are counted from its own.
+        anchor: Tensor of the caches' dtype; addresses are relative to its address.
         table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT
             bytes; slots of the cache; slot `base`.
         layout: Tables that do not depend on the caches.

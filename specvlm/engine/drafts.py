@@ -148,7 +148,7 @@ class _CacheByAddress:
         self.batch, self.where, self.number, self.capacity = batch, where, number, capacity
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do as `KVCache.move`."""
+        """Move rows as `KVCache.move` does."""
         batch = self.batch
         heads = len(batch.lean.layers) * batch.kv_heads
         batch.lean.ops.move(batch.anchor, self.where, self.number, base_1, path_D.contiguous(), heads, batch.lean.width)

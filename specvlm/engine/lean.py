@@ -128,7 +128,7 @@ class Place(NamedTuple):
         return ops.rope(parts_SQN, layer.biases, *turns, keys, values, self.base, self.at, heads, layer.norms, layer.eps)
 
     def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
-        """Attend from each row to what it sees of layer `index`."""
+        """Attend from each row to the slots of layer `index` that it sees."""
         keys, values = (store[0] for store in self.cache.layer(index))
         seen_QT, ways_QP, above_Q = self.sight
         if ways_QP is None:

@@ -141,7 +141,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
-    """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
+    """Like `add_norm`, but sum the parts over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
     return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)
 
 

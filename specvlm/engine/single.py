@@ -89,7 +89,7 @@ def _stage_pass(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, ca
 
 
 def _stage_move(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-    """Return the program that compacts such a stage's cache after the verdict."""
+    """Return the program that compacts a stage's cache after the verdict, for stages other than the last."""
     device = lean.stages[number].device
 
     def build(backend: str) -> Program:

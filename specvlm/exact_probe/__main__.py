@@ -148,7 +148,7 @@ def arithmetics(target: VideoLM, engine: Engine) -> Iterator[tuple[str, Append]]
 def appended(target: VideoLM, additive: bool, tokens_Q: Tensor, cache: KVCache) -> Tensor:
     """Append tokens to a cache through Hugging Face's modules; returns (Q, V) logits.
 
-    The mask is explicit: without one, SDPA takes the first row for the first of the whole sequence.
+    The mask is explicit: without one, SDPA treats the first row as the first of the whole sequence.
 
     additive: Use a mask that is added to the scores, as eager attention needs, instead of a boolean mask.
     """

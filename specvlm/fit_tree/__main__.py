@@ -47,11 +47,11 @@ Paths = list[list[int]]  # nodes of a tree, each as the ranks on its path from t
 
 @dataclass(frozen=True)
 class Round:
-    """One round.
+    """A recorded round.
 
     Attributes:
         ranks: Rank of the accepted guess at each depth, among the guesses with the same parent, from 0.
-        widths: Number of guesses tried at each depth. One entry more: the last is below the last accepted guess.
+        widths: Number of guesses tried at each depth. It has one entry more, for those below the last accepted guess.
     """
 
     ranks: tuple[int, ...]
@@ -160,9 +160,9 @@ def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
 
 
 def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
-    """Report the fit in lines. The last line says whether the fit beats the paper's tree.
+    """Report the fit as lines of text. The last line says whether the fit beats the paper's tree.
 
-    tree: fitted to all runs. The report also fits one to part of them, to judge it on the rest.
+    tree: The tree fitted to all runs. The report also fits one to a part of them and judges it on the rest.
     """
     fitted, held, how = split(runs)
     lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]

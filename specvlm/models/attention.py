@@ -37,8 +37,8 @@ class Part(NamedTuple):
 
     Attributes:
         rows: The request's rows of the pass.
-        keys: (1, H, K, D) keys that they attend to, their own last.
-        values: Their values.
+        keys: (1, H, K, D) keys that they attend to; the rows' own keys are the last ones.
+        values: Values of these keys.
         mask: Mask of the rows over the keys. None: causal.
     """
 
@@ -119,7 +119,7 @@ class AttentionCollector:
 
     @property
     def of_video(self) -> frozenset[str]:
-        """Names of what is recorded while the videos' own rows are computed, in the vision tower or the layers."""
+        """Names of the signals recorded while the videos' own rows are computed, in the vision tower or the layers."""
         layer = None if self.states is None else f"states after {self.states.layer}"
         names = (layer, "sight" if self.sight else None, "hidden" if self.hidden else None)
         return frozenset(name for name in names if name is not None)
@@ -298,7 +298,7 @@ def attend(
     parts: Callable[[int], Iterable[Part]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. Without a mask it is causal, and the queries belong to the last of the keys.
+    """Scaled dot-product attention. Without a mask it is causal, and the queries are those of the last keys.
 
     parts: Of a joined pass: maps a layer to one `Part` per request, which replace `key`, `value` and `attention_mask`.
     """

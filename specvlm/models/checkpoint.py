@@ -36,8 +36,8 @@ def folder_of(path: str | Path, weights: bool = False, revision: str | None = No
         revision: Branch, tag or commit on the hub; by default its main branch.
 
     Raises:
-        UserError: There is no such model, a folder is given a revision, the folder has no config.json, or it contains a
-            pipe, a device or a text file that is too large.
+        UserError: There is no such model, a revision is given for a folder, the folder has no config.json, or it
+            contains a pipe, a device or a text file that is too large.
     """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
@@ -110,7 +110,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
     These are the file or index that config.json names, else model.safetensors, else the files in the index.
 
     Raises:
-        UserError: A file is missing or is not a safetensors file in this very folder, the index is invalid, or the
+        UserError: A file is missing or is not a safetensors file directly in this folder, the index is invalid, or the
             folder holds shards of a distributed checkpoint.
     """
     name = getattr(config, "transformers_weights", None)

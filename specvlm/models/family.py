@@ -1,4 +1,4 @@
-"""What a model family defines: how its checkpoints see videos and images, and how their prompts are written.
+"""Interface of a model family: how its checkpoints see videos and images, and how their prompts are written.
 
 Shape suffixes: S prompt tokens, A rotary axes, D hidden size, L DeepStack levels, V vocabulary.
 """
@@ -138,8 +138,8 @@ class Family(ABC):
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         """Return the number of frames that the tower sees, and patches per frame, for the memory plan.
 
-        They are the grid's frames (Qwen2.5-VL joins two of the clip). If those are of unequal lengths, so that the grid
-        is one row of tokens, they are the frames that go through the tower.
+        The frames are usually those of the grid (in Qwen2.5-VL, each stands for two frames of the clip). If frames have
+        different numbers of tokens, the grid is a single row; then they are the frames that go through the tower.
         """
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Family(ABC):
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
         """Build a tiny random Hugging Face model for tests of strategies, from torch's global generator.
 
-        text: Settings of its language model. ids: Those of its special tokens.
+        text: Settings of its language model. ids: Settings with the ids of its special tokens.
         """
         raise NotImplementedError(f"{cls.family} has no tiny model")
 

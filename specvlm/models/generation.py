@@ -39,7 +39,7 @@ def generation_of(folder: Path) -> Any:
     """Load the folder's GenerationConfig; None if it has none.
 
     Raises:
-        UserError: It is invalid. Hugging Face would ignore that silently.
+        UserError: The file is invalid, which Hugging Face would ignore silently.
     """
     from transformers import GenerationConfig
 

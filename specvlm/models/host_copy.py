@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copy of a tensor of integers, made on the device's current stream. The host waits for it only to read it.
+    """Copy of a tensor of integers, made on the device's current stream. The host waits for the device only in `read`.
 
     Args:
         tensor: Tensor to copy. A tensor on the host is read immediately.

@@ -21,7 +21,7 @@ class Kept:
 
     Attributes:
         nbytes: Bytes of all tensors.
-        on_host: Whether they lie in host memory now.
+        on_host: Whether they are in host memory now.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

@@ -122,7 +122,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """Return the kind to quantise linear layers to; None for no quantisation.
+    """Return the kind of quantisation of linear layers; None for no quantisation.
 
     Args:
         weights: Value of the key: null, "bf16" or one of KINDS.

@@ -43,7 +43,7 @@ class Need:
     """A model and the settings that determine how much memory it takes.
 
     Attributes:
-        model: May be a skeleton, a model without weights. Must not be quantised by `load` yet.
+        model: The model; may be a skeleton, which has no weights. Must not be quantised by `load` yet.
         slots: Tokens that its KV cache must hold.
         dtype: Dtype of its weights and cache.
         quantisation: How `load` will quantise its text layers and head, such as int8. None: not at all.

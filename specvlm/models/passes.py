@@ -171,7 +171,7 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
-        """Inputs of this call, with the routine's own instead of each None."""
+        """Inputs of this call, with the routine's own input in place of each None."""
         return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:
@@ -183,7 +183,7 @@ class Call:
         """Run the routine under the guard, yielding its checked passes, and return its tensors.
 
         inputs: The state, then the tensors. read: Read slots to the host (not while capturing).
-        Raises TypeError or ValueError if the routine yields or returns what it may not.
+        Raises TypeError or ValueError if the routine yields or returns something invalid.
         """
         routine = self.routine
 

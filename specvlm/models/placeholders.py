@@ -79,6 +79,6 @@ def _wanted(
 
 
 def _parts(ids: Sequence[int], left: dict[int, Iterator[tuple[str, int]]]) -> Iterator[tuple[int, str, int]]:
-    """Yield (token, kind, number of slots) of each id."""
+    """Yield (token, kind, number of slots) for each id."""
     for token in ids:
         yield (token, *(next(left[token]) if token in left else ("text", 1)))

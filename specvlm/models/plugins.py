@@ -143,7 +143,7 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
 
 
 def families_of(plugin: object) -> dict[str, str]:
-    """Call a plugin's hook for model families. Raises PluginError as `strategies_of`, or if it returns no such dict."""
+    """Call a plugin's hook for model families. Raises PluginError as `strategies_of`, or for an invalid result."""
     found = _answer(plugin, "specvlm_families", {})
     if not isinstance(found, dict) or not all(isinstance(part, str) for item in found.items() for part in item):
         raise PluginError(f'specvlm_families() must return a dict {{model_type: "module:Class"}}, got {found!r}')

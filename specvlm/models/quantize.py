@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Module):
         return min(GROUP, half & -half) if self.kind == "int4" else self.in_features
 
     def weight_in(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
-        """(N, K) dequantised weight, or that of some outputs.
+        """(N, K) dequantised weight, or its rows for some outputs.
 
         The product is computed in float32 or wider and rounded to `dtype` once.
         """
@@ -276,7 +276,7 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
 
 
 def _quantisable(hf: Any) -> list[tuple[nn.Module, str]]:
-    """List the layers that `quantize_text` replaces, as (owner, name): holding the layers would keep their weights."""
+    """List the layers that `quantize_text` replaces, as (owner, name): references to them would keep the weights."""
 
     def whole(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or type(module).__name__ in EXPERTS

@@ -160,9 +160,9 @@ class VideoLM(TextPasses):
         images: Sequence[dict[str, Any]] = (),
         order: Sequence[str] = (),
     ) -> VideoPrompt:
-        """Expand each slot token in `ids` to one token per feature. There is one for each of `runs` and `image_runs`.
+        """Expand each slot token in `ids`, which stands for a run (`runs`, `image_runs`), to one token per feature.
 
-        order: "video" or "image" for each of them, where they share a slot token; by default images come first.
+        order: "video" or "image" for each item, if both share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
@@ -259,7 +259,7 @@ class VideoLM(TextPasses):
         return Features(rows_QD, rows_QD.new_zeros(len(rows_QD), self.levels, rows_QD.shape[1]))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
-        """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
+        """(S, D) input embeddings of the prompt, or (K, D) of the slots that `keep` keeps, merged by its pool."""
         embeds_SD: Any = self.embed_text(prompt.tokens)
         if prompt.images:
             images_ND = joined([self.encode_image(image) for image in prompt.images])

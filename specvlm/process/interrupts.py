@@ -66,7 +66,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """Raise KeyboardInterrupt on the first Ctrl-C; exit on the second: the first was caught, or cleanup hangs."""
+        """Raise KeyboardInterrupt on the first Ctrl-C. Exit on the second: the first was caught, or cleanup hangs."""
         self.heard += 1
         if self.heard > 1:
             os.write(2, f"specvlm: interrupted{self.where}, and ended at once\n".encode())

@@ -41,7 +41,7 @@ ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_roun
 class Round:
     """Texts of a round: accepted guesses, refused ones, and the target's own token after them.
 
-    Round 0 has only `own`, the target's token. `own` is None if a stop id or the token limit cut the round off before.
+    Round 0 has only `own`, the target's token. `own` is None if the round was cut off before that token.
     """
 
     accepted: list[str]
@@ -168,7 +168,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """Return the settings on which a sample's token grid, the layout of its video tokens, depends."""
+    """Return the settings that determine a sample's token grid, the layout of its video tokens."""
     return tuple(
         job.settings.get(key) for key in ("target.path", "video", "image", "question", "frames", "fps", "max_pixels", "reader")
     )

@@ -55,7 +55,7 @@ def csv_of(jobs: Sequence[Job], base: str | None = None) -> str:
 
 
 def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, object]:
-    """Name a figure's interval ends, and its difference from the base job with the ends of that interval."""
+    """Return cells by name: a figure's interval ends, its difference from the base job, and that interval's ends."""
     told: dict[str, object] = {f"{key}_low": found.low if found else None, f"{key}_high": found.high if found else None}
     if other is not None:
         told |= {f"{key}_difference": other.value}
@@ -64,7 +64,7 @@ def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, 
 
 
 def formula_free(value: object) -> object:
-    """Put an apostrophe before a text that a spreadsheet would run as a formula: names come from files of others."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula: names come from untrusted files."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 

@@ -132,7 +132,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
 
 
 def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """Compute `speedup_…` for each of SPANS; None without a baseline. figures: has `…_s` and `baseline_…_s` of each."""
+    """Compute `speedup_…` for each of SPANS, None without a baseline. `figures` has `…_s` and `baseline_…_s`."""
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"] or 0.0) for span in SPANS}
 
 

@@ -60,7 +60,7 @@ def score(row: Row, name: str, key: str = "scores") -> float | None:
 
 
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low, high and scored of some scores, as SCORES explains them."""
+    """Return `mean`, `low`, `high` and `scored` of a list of scores, as SCORES explains them."""
     if not values:
         return {"mean": None, "low": None, "high": None, "scored": 0}
     binary = set(values) <= {0.0, 1.0}
@@ -69,13 +69,13 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low and high of differences between two scores of each sample."""
+    """Return `mean`, `low` and `high` of the differences between two scores of each sample."""
     low, high = bootstrapped(values) if len(values) > 1 else (None, None)
     return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def wilson(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927). Unlike a bootstrap interval, it is not empty if all values are equal."""
+    """95 % interval of a share (Wilson, 1927). It has a width even if all values are equal."""
     count, share = len(values), sum(values) / len(values)
     scale = 1 + Z * Z / count
     middle, half = share + Z * Z / (2 * count), Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))

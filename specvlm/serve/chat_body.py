@@ -43,7 +43,7 @@ Text = Annotated[str, Field(max_length=MOST_TEXT)]
 
 
 def few(most: int) -> BeforeValidator:
-    """Bound the number of entries of an object. Checked first, so that not each of many entries gives an error."""
+    """Limit the number of entries of an object. Checked first, so that a huge one does not give an error per entry."""
 
     def check(given: Any) -> Any:
         if isinstance(given, dict) and len(given) > most:

@@ -23,7 +23,7 @@ CLOSING = {"connection": "close"}  # the unread rest of a body would be taken fo
 
 
 class ApiError(Exception):
-    """An error to answer with.
+    """An error that is sent as the answer to a request.
 
     Args:
         status: HTTP status.

@@ -1,7 +1,7 @@
 """Read videos, each in a process of its own with limits on memory and time: `python -m specvlm.serve.read_process FD`.
 
-The process that this starts imports what reading needs, once, and has no threads. It forks for each video. The fork
-server of `multiprocessing` would import the main program again in each child.
+The command starts a process that imports what reading needs, once, and has no threads. It forks for each video. The
+fork server of `multiprocessing` would import the main program again in each child.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from specvlm.video.av_file import container_of
 from specvlm.video.video import MAX_FRAMES, VideoInfo, probe, read_video
 
 LONGEST = 2**16  # bytes of a message
-SPARE = 2 * 2**30  # bytes that reading may take beyond the frames twice
+SPARE = 2 * 2**30  # bytes that reading may take beyond twice those of the frames
 # Fields of a clip, besides its frames, that the child may send.
 TOLD = ("times", "fps", "total_frames", "source_fps", "reader")
 
@@ -69,7 +69,7 @@ def serve(control: socket.socket) -> None:
 def answer(connection: Connection, path: str, reader: str, limits: Limits) -> None:
     """Send a description of the video, receive how to sample it, and send its frames, or an error. Runs in the child.
 
-    Sends only JSON and plain bytes, since a file that took over this process could send anything.
+    Sends only JSON and plain bytes, so that the receiver need not trust a process that a file may have taken over.
     """
     try:
         _limit(limits)

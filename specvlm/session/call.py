@@ -94,7 +94,7 @@ class Call:
         self._ended = self.cancelled = False
 
     def __iter__(self) -> Iterator[Step]:
-        """Raises OutOfMemory if memory runs out, or the error that ended the request."""
+        """Yield the steps. Raises OutOfMemory if memory runs out, or the error that ended the request."""
         try:
             while (step := self._requests.scheduler.step(self._ticket)) is not None:
                 yield step

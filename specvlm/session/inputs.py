@@ -154,7 +154,7 @@ def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterato
 
 
 def _part(source: Source, part: Any, media: Mapping[str, Iterator[Any]]) -> Any:
-    """Read the video or image of a part, which is under its kind or under "path"; an empty part takes the next one."""
+    """Read the video or image of a part, given by its kind or "path"; an empty part takes the next one of `media`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in MEDIA:
         return part

@@ -52,12 +52,12 @@ def load_pair(
         processor: Folder or name on the hub with tokenizer and processor settings, for loaded models; by default where
             each was loaded from.
         revision: Branch, tag or commit of the target on the hub.
-        draft_revision: The same of the draft.
+        draft_revision: Branch, tag or commit of the draft on the hub.
         dtype: Dtype of the weights; "auto" is the checkpoint's own, and float32 for the embedded pairs.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Loaded models stay where they are.
         draft_device: The draft's device; by default that of the target.
         weights: Quantise the target's text layers: "fp8", "int8" or "int4".
-        draft_weights: The same of the draft.
+        draft_weights: Quantise the draft's text layers, in the same way.
         engine: "auto", "eager" or "graphs".
         mrope: As in `VideoLM`.
         prefixes: Memory for rows of prompts, which later calls with the same beginning reuse: "auto" is a quarter of
@@ -189,7 +189,7 @@ def _pair_of(target: Any) -> bool:
 
 
 def _embedded(target: Any, draft: Any) -> tuple[Any, Any]:
-    """Resolve the name of an embedded pair. Returns other arguments as they are."""
+    """Resolve the name of an embedded pair. Returns other arguments unchanged."""
     if not _pair_of(target):
         return target, draft
     name, known = target.removeprefix(EMBEDDED), sorted(path.parent.name for path in model_folder(EMBEDDED).glob("*/target"))

@@ -60,7 +60,7 @@ class Options:
             place.
         repetition_penalty: Divides positive logits of tokens in prompt and answer. None takes the checkpoint's.
         presence_penalty: Subtracted from the logits of tokens in the answer.
-        frequency_penalty: The same, once for each time a token is in the answer.
+        frequency_penalty: Subtracted from the logits of a token once for each time that it is in the answer.
         logit_bias: Added to the logits of these token ids, within -100 and 100.
         frames: Number of frames to sample from a video file. None, also for fps: the family's own rule.
         fps: Frames per second to sample from a video file.

@@ -133,8 +133,8 @@ class DraftSession(ABC):
         sampling, guesses that depend on the device's speed would bias the output.
 
         Args:
-            done: Returns at once whether the verdict is ready, or the check does not run at the same time. Then return,
-                since the request waits for nothing else.
+            done: Returns at once whether the verdict is ready, or the check does not run at the same time. Once it is
+                true, return, since the request waits for nothing else.
 
         Returns:
             A generator of passes and calls, as for `propose`, or None to draft nothing. It must not read on the host

@@ -181,7 +181,7 @@ def sizes_of(drafter: Drafter) -> tuple[int, int]:
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
-    """Check what a drafter yields. Returns it, a pass with its slots read to the host.
+    """Check and return what a drafter yields. The slots of a pass are copied to the host.
 
     Raises:
         StrategyError: It is not a valid pass or call of a routine, or does not write to a cache that the session took.
@@ -295,9 +295,9 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 
 
 def is_ours(value: object) -> bool:
-    """Return True for an instance of a class of specvlm's own, unless a method of it may have been replaced.
+    """Return True for an instance of one of specvlm's own classes, unless one of its methods may have been replaced.
 
-    That is, `propose` is set on the instance, or, on a dataclass, anything besides its fields.
+    That is, `propose` is set on the instance, or, for a dataclass, any attribute besides its fields.
     """
     own = vars(value) if hasattr(value, "__dict__") else {}
     fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets

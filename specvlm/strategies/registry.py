@@ -230,7 +230,7 @@ def _check_class(cls: type[Strategy]) -> None:
 
 
 def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
-    """Return the class to use out of those that share a kind and name, None if none is; report a clash of several."""
+    """Return the class to use of those with the same kind and name, or None. Reports a clash if there are several."""
     if len(infos) == 1:
         return infos[0]
     builtin = [info for info in infos if info.plugin == "specvlm"]

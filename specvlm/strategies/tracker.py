@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _silent(line: str) -> None:
-    """Show nothing."""
+    """Ignore the line."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class TrackContext:
 class TrackedRun(ABC):
     """The mirror of one job while it runs. Runs of several jobs are open at the same time.
 
-    The methods are called from several threads, one after the other. One that raises, or takes longer than 90 s, ends
-    the mirror of its job with a note. Results are on disk before it is called.
+    The methods are called from several threads, one after the other. A method that raises, or takes longer than 90 s,
+    ends the mirror of its job with a note. Results are on disk before any method is called.
     """
 
     @abstractmethod

@@ -140,7 +140,7 @@ def _check_prompt(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
 
 
 def _check_features(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
-    """Check shapes, that frames are encoded apart, and the attention that a probe records."""
+    """Check shapes, that frames are encoded separately, and the attention that a probe records."""
     total, width = len(prompt.video_index), int(lm.text.config.hidden_size)
     features = lm.features(prompt)
     embeds = lm.embed(prompt, features)

@@ -55,7 +55,7 @@ def seen(lm: VideoLM, clip: Clip) -> Seen:
 
 
 def _check_values(found: Seen, what: str) -> None:
-    """Check that attention is a share of its frame's, and that keys differ from token to token."""
+    """Check that attention sums to at most 1 per frame, and that keys differ from token to token."""
     attention_N, keys_NC = found.attention_N, found.keys_NC
     finite = bool(attention_N.isfinite().all() and keys_NC.isfinite().all())
     assert finite, f"{what}: the recorded attention or keys are not finite"

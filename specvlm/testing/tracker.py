@@ -118,7 +118,7 @@ def _done(tracker: Tracker, what: str, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _same_environment(tracker: Tracker) -> Iterator[None]:
-    """Check that the block changes no environment variable that is set. New ones may be there."""
+    """Check that the block changes no environment variable that is already set. It may set new ones."""
     before = dict(os.environ)
     yield
     changed = sorted(key for key, value in before.items() if os.environ.get(key) != value)

@@ -50,7 +50,7 @@ def entering(values: Tensor | Features) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor | Features]) -> Tensor | Features:
-    """Concatenate rows. All parts must be of one kind."""
+    """Concatenate rows. All parts must have the same type."""
     if isinstance(parts[0], Features):
         pairs = [(part.rows, part.added) for part in parts if isinstance(part, Features)]
         return Features(*(torch.cat(same) for same in zip(*pairs, strict=True)))

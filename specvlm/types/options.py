@@ -33,7 +33,7 @@ class GenerationOptions:
         adjust: Changes the target's logits, after the repetition penalty: maps the token ids of the answer so far and
             the (V,) logits of the next token to (V,) logits. It must depend on nothing else. None changes nothing.
         logprobs: Also return the target's log-probabilities: those of each token of the answer, and of this many of
-            the most likely tokens in its place (`Step.logprobs`). None: none.
+            the most likely tokens in its place (`Step.logprobs`). None returns none.
 
     Raises:
         UserError: A value is out of range.
@@ -67,7 +67,7 @@ class GenerationOptions:
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
         """Resolve a caller's argument: None gives `self`, an int gives `self` with that `max_new_tokens`.
 
-        Options are returned as they are, and replace `self` as a whole.
+        Options are returned unchanged. They replace `self` entirely.
         """
         if options is None:
             return self

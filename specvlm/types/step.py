@@ -29,7 +29,7 @@ class Reused(NamedTuple):
 
     Attributes:
         tokens: Number of prompt tokens.
-        seconds: Time that these rows took when they were computed.
+        seconds: Time that computing these rows took.
     """
 
     tokens: int

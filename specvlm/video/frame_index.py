@@ -193,7 +193,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
-    """Make the index by decoding the whole file: once, or twice if the first pass meets a packet that is damaged."""
+    """Make the index by decoding the whole file: once, or twice if the first pass finds a damaged packet."""
     clean = not packets.corrupt
     try:
         stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)

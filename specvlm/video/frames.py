@@ -20,7 +20,7 @@ MOST_PIXELS = 2**26  # limit for one picture, below the size at which Pillow war
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
-    """Read all pictures of a folder into memory, as a clip. Hidden files and other suffixes than SUFFIXES are left out.
+    """Read all pictures of a folder into memory, as a clip. Skips hidden files and files without one of SUFFIXES.
 
     Pictures are sorted by their names, in which numbers count as numbers: 2.jpg comes before 10.jpg.
 

@@ -111,7 +111,7 @@ def _check(image: Tensor) -> None:
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
-    """Load a processor of Hugging Face from a folder on disk.
+    """Load a Hugging Face processor from a folder on disk.
 
     Raises UserError if there is no such folder, or it has no usable settings.
     """

@@ -110,7 +110,7 @@ class QwenVideoConfig:
 
 @dataclass(frozen=True)
 class Qwen3VideoConfig(QwenVideoConfig):
-    """The same for Qwen3-VL, whose pixel bounds are those of a whole video; defaults as in Qwen3VLVideoProcessor.
+    """`QwenVideoConfig` for Qwen3-VL, with pixel bounds of a whole video; defaults as in Qwen3VLVideoProcessor.
 
     If ``cap_pixels_per_frame`` is set, ``max_video_tokens`` limits each frame.
     """
@@ -246,7 +246,7 @@ def resized(frames: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
 
 
 class Normalization(Protocol):
-    """Mean and std of each channel on the scale 0 to 1, and the factor to it from 8-bit values."""
+    """Mean and std of each channel on the scale 0 to 1, and the factor from 8-bit values to that scale."""
 
     @property
     def mean(self) -> tuple[float, ...]: ...
@@ -276,7 +276,7 @@ def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pix
 
 
 def normalization_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Return those settings of normalization that are given, under the names of our fields."""
+    """Return the normalization settings that the checkpoint sets, under the names of our fields."""
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
     values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

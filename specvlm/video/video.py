@@ -154,8 +154,8 @@ def read_video(
         reader: "auto", "pyav" or "decord".
         min_frames: Minimum number of frames with ``fps``. None means 1, or 4 for "qwen".
         max_frames: Maximum number of frames. ``fps`` gives no more; without ``fps``, more are an error.
-        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function from the total and the number
-            wanted to the indices. "qwen" rounds their number to an even one, as Hugging Face does, if ``frames`` or
+        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function that maps the total and the
+            wanted number to indices. "qwen" rounds the number to an even one, as Hugging Face does, if ``frames`` or
             ``fps`` is set.
 
     Returns:

@@ -289,7 +289,7 @@ def guess(
         races_EV: Random numbers of the next tree, one row per expanded node; (0,) if children are not drawn.
 
     Returns:
-        The pool with what was found, and q of the rows, (Q, V), if children are drawn.
+        The pool with the tokens found, and q of the rows, (Q, V), if children are drawn.
     """
     root, offset, seed, start = state_4.split(1)
 
@@ -308,7 +308,7 @@ def guess(
 def take(plan: Plan, model: VideoLM, cache: KVCache, state_2: Tensor, pool_N: Tensor) -> Passes[tuple[Tensor, Tensor]]:
     """Move the rows of the outcome that came true, and return its tree's tokens (M,) and corrections (E, X).
 
-    state_2: Slot of the root before, and number of the outcome.
+    state_2: Slot of the previous root, and number of the outcome.
     """
     yield from ()  # it needs no pass
     root, outcome = state_2.split(1)

@@ -42,9 +42,9 @@ class OverlapDrafter(TreeDrafter):
     Outcomes of a check are pairs of the last accepted node and the target's next token there. The draft guesses the
     latter too: its likeliest tokens besides the node's children, called corrections. During the check it drafts below
     the likeliest outcomes at once: each pass has a row for each outcome, and rows cost little in a pass that reads all
-    weights anyway. If one of them comes true (a hit), its tree, or the levels of it that are there, need not be drafted
-    any more. Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under
-    `sampling` its distribution, does not depend on speed or hits.
+    weights anyway. If one of them comes true (a hit), the levels of its tree that are ready need not be drafted again.
+    Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under `sampling` its
+    distribution, does not depend on speed or hits.
 
     The idea is that of parallel drafting: ParallelVLM (arXiv 2603.19610) and HIPPO (arXiv 2601.08273) draft one
     continuation during the check, the one in which all guesses are accepted.
@@ -250,7 +250,7 @@ class OverlapSession(TreeSession):
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
     def _with_those_ahead(self, q_MV: Tensor | None, number: int, first: int) -> Tensor:
-        """Put the distributions of the levels that were drafted ahead into those of a tree."""
+        """Insert the distributions of the levels that were drafted ahead into the `q` of a tree."""
         ahead_QV, count = torch.cat(self.q_QV), sum(map(len, self.shape.levels[:first]))
         rows = self.plan.found_OE[number, :count]
         q_MV = ahead_QV.new_zeros(len(self.shape), ahead_QV.shape[1]) if q_MV is None else q_MV

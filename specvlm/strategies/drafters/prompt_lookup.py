@@ -109,7 +109,7 @@ class PromptLookupSession(DraftSession):
         return [gram for gram in grams if _GAP not in gram]
 
     def _continuation(self) -> list[int]:
-        """Return the guesses: what last followed the longest known n-gram at the end; empty if none is known."""
+        """Return the tokens that last followed the longest known n-gram at the end; empty if none is known."""
         found = next((self._next[gram] for gram in self._endings() if gram in self._next), None)
         chain: list[int] = []
         if found is None:

@@ -156,7 +156,7 @@ class TreeSession(PrunedSession):
         Args:
             fed: Number of rows of the first pass.
             first: First level to expand; see `expand`.
-            known: Examples of more inputs.
+            known: Further example inputs of the routine.
         """
         shape, vocabulary = self.shape, self.ctx.vocabulary
         if (shape, fed, first) not in self.routines:
