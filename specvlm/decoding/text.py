@@ -55,7 +55,7 @@ class AnswerText:
         return str(whole[len(known) :])
 
     def _passed(self, new: str) -> str:
-        """Add decoded text. Returns the certain part, up to a stop text or what may be the beginning of one."""
+        """Add decoded text. Returns the certain part, up to a stop text or to a possible beginning of one."""
         self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
         text = self._held + new
         if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:

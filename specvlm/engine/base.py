@@ -103,7 +103,7 @@ class Engine:
     def run(self, passes: Sequence[Any]) -> list[Any]:
         """Run passes of one model, as one batch if possible. Returns the rows of each.
 
-        An engine may yield steps of its own instead of passes; it is then given those, and returns their results.
+        An engine may yield steps of its own instead of passes. `run` then receives these steps.
         """
         return run_joined(passes[0].model, passes)
 

@@ -123,7 +123,7 @@ class Seen:
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """Collect the views that jobs with the same token grid have of a sample.
+    """Collect the views of a sample by all jobs with the same token grid.
 
     Args:
         sample: Id of the sample.

@@ -31,7 +31,7 @@ def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """Unpack 4-bit weights q, stored as q + 8, to int8 of 16 q.
+    """Unpack 4-bit weights q, stored as q + 8, to int8 values of 16 q.
 
     Flipping the top bit of q + 8 gives q in two's complement. Left in the high nibble, it is 16 q.
     """
@@ -63,7 +63,7 @@ def _add_product(acc, w, x, s, KIND: tl.constexpr):
 
 @triton.jit
 def _add_nibbles(acc, packed, x_low, x_high, s_low, s_high, scale_at, further, ASM: tl.constexpr):
-    """Compute acc + w x for one tile of int4: low nibbles with some inputs, high ones with those half a row further.
+    """Compute acc + w x for one tile of int4: low nibbles with the first half of a row, high ones with the second.
 
     scale_at: Addresses of the (BN,) scales of the low nibbles. further: Distance to those of the high ones.
     """
