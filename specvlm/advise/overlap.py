@@ -21,7 +21,7 @@ class Overlapped:
     Attributes:
         draft_pass: Milliseconds of a draft pass.
         check: Milliseconds of a check.
-        host: Milliseconds of the rest of a round.
+        host: Milliseconds of a round that are neither.
     """
 
     draft_pass: float
