@@ -91,7 +91,7 @@ class Wishes:
         return {name: every[name] for name in self.drafters if name in TREES}
 
     def others(self, cfg: RunConfig) -> list[Drafter]:
-        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults.
+        """Build the requested drafters that are not in TREES: the run's own as configured, others with their defaults.
 
         Without `draft.device`, `overlap` drafts as `tree` does.
         """

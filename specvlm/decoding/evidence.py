@@ -91,7 +91,7 @@ class Choice:
     def gap(self, logits_V: Tensor, at: int, token: int) -> float:
         """Return the smallest change of logits for which `token` is chosen; 0 if it is already.
 
-        Then top-k and top-p must keep `token`, and every other token that they keep must score less or be removed.
+        After the change, top-k and top-p must keep `token`, and each other token must score less or be removed.
         """
         scores_V, may_V = self.scored(logits_V, at)
         ahead_V, spare_V = scores_V - scores_V[token], torch.full_like(scores_V, torch.inf)

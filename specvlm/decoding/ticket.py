@@ -21,7 +21,7 @@ NOTHING = nullcontext()
 
 
 def inferring() -> AbstractContextManager[None]:
-    """Make a context manager that turns torch's inference mode on, unless it is; a strategy may have turned it off."""
+    """Make a context manager that turns torch's inference mode on if it is off: a strategy may have turned it off."""
     return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 

@@ -87,7 +87,7 @@ class Batch:
     """Runs passes and checks of several requests of one model.
 
     Args:
-        lean: The model's lean pass, which `why_not_joined` admits.
+        lean: The model's lean pass, which `why_not_joined` accepts.
         engine: Keeps the programs; may be a weak reference.
 
     Attributes:
@@ -224,14 +224,14 @@ class Batch:
         return self._frames[shape, counts]
 
     def _numbers(self, values: Sequence[int | Tensor], spare: int) -> Tensor | list[int]:
-        """Join integers, on the host if all are there, or (1,) tensors on the device; add zeros for spare requests."""
+        """Join integers, on the host if all of them are, or (1,) tensors on the device, with zeros for spare ones."""
         if all(isinstance(value, int) for value in values):
             return [*map(int, values), *[0] * spare]
         each = [value if isinstance(value, Tensor) else torch.tensor([value], device=self.device) for value in values]
         return torch.cat([*each, *self._zeros(spare)])
 
     def _joined(self, parts: Sequence[Tensor | list[int]]) -> Tensor | list[int]:
-        """Join integers, on the host if all are there: then the program copies them at once, without blocking."""
+        """Join integers, on the host if all of them are: then the program copies them at once, without blocking."""
         if all(isinstance(part, list) for part in parts):
             return [number for part in parts for number in part]
         return torch.cat([part if isinstance(part, Tensor) else torch.tensor(part, device=self.device) for part in parts])

@@ -45,7 +45,7 @@ def options_of(body: ChatBody, own: OwnOptions, default: Options) -> dict[str, A
 
 
 def _verifier(body: ChatBody, default: Options) -> Any:
-    """Choose the verifier: `greedy` at temperature 0, else `coupled`, or `sampling` if the server's own is that.
+    """Choose the verifier: `greedy` at temperature 0, else `coupled`, or `sampling` if the server's own verifier is.
 
     Returns None to use the server's own.
     """

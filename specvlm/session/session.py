@@ -36,7 +36,7 @@ MOST_CALLS = 256  # threads that wait for calls from asyncio
 
 
 class Asked(NamedTuple):
-    """A call's options, the graph that they make, and its prompt."""
+    """A call's options, the graph built from them, and its prompt."""
 
     options: Options
     graph: DecodingGraph
@@ -46,8 +46,8 @@ class Asked(NamedTuple):
 class Session:
     """A target, a draft and default options, from `load_pair`. Safe to use from several threads and from asyncio.
 
-    Calls that overlap share forward passes. Each call has its own options, caches and random numbers, so its answer is
-    the one it has alone. Nothing needs to be closed.
+    Calls that overlap share forward passes. Each call has its own options, caches and random numbers, so it gets the
+    answer that it would get alone. Nothing needs to be closed.
 
     Attributes:
         target: The target model.

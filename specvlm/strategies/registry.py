@@ -192,7 +192,7 @@ def build(kind: str, chosen: Any) -> Any:
     Raises:
         UserError: The config is invalid (see `settings`), a number is out of bounds, or the constructor raises a
             ValueError or ArithmeticError.
-        StrategyError: The constructor raises an error that would be misread (see `fence.inside`).
+        StrategyError: The constructor raises an error that has another meaning to the caller (see `fence.inside`).
         TypeError: The constructor returns an instance of another class.
     """
     if not dataclasses.is_dataclass(chosen):

@@ -27,7 +27,7 @@ class TrackContext:
     Attributes:
         name: Name of the job; any text. Jobs of a sweep differ in it.
         group: Name of the sweep, or of the folder of a single job.
-        folder: Folder of the sweep or of the single job. A tracker keeps its own files in a subfolder of its own.
+        folder: Folder of the sweep or of the single job. A tracker keeps its files in its own subfolder.
         config: Configuration of the job: plain values, nested by group. For a sweep, the names of its jobs.
         kind: "job", or "sweep" for the table of all jobs, which comes last.
         note: Shows the user a line.
@@ -56,7 +56,7 @@ class TrackedRun(ABC):
 
         Args:
             series: "round" for each round of decoding, "sample" for each sample that is done.
-            index: Place in the series, from 0. Samples come in any order, some may be missing.
+            index: Place in the series, from 0. Samples come in any order, and some may be missing.
             values: Numbers by name, such as `accepted` or `speedup_decode`. Names may differ from point to point.
         """
 

@@ -23,8 +23,8 @@ class Sampling:
         temperature: Divides the logits; 0 is greedy.
         top_k: Number of most likely tokens that remain, besides ties; 0 is off.
         top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
-        coupled: True if each token is the one of highest `scores`, with noise that follows from the request's seed, not
-            from a random generator.
+        coupled: True if each token is the one with the highest `scores`, whose noise follows from the request's seed,
+            not from a random generator.
     """
 
     temperature: float = 0.0
@@ -49,7 +49,8 @@ class Sampling:
     def scores(self, logits_NV: Tensor, noise_NV: Tensor) -> Tensor:
         """Add Gumbel noise to warped logits, so that the id of the largest is a draw from `probabilities`.
 
-        A drafter that ranks its guesses by the scores of its own logits guesses the draw of a target with similar ones.
+        A drafter that ranks its guesses by the scores of its own logits is likely to guess the token that a target
+        with similar logits draws.
 
         Args:
             logits_NV: (N, V)
