@@ -59,5 +59,5 @@ def _padded(tensor: Tensor, by: tuple[int, ...]) -> nn.Parameter:
 
 
 def pays(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to pad a model's tower and to fuse its modules: on a GPU in 16 bits. In float32 results stay Hugging Face's."""
+    """Whether a model's tower is to be padded: on a GPU in 16 bits. In float32 the output stays Hugging Face's own."""
     return device.type == "cuda" and dtype.itemsize == 2
