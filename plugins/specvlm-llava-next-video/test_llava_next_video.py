@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: the contract, prompts and frames like Hugging Face's, and decodes like those of a pristine model."""
+"""LLaVA-NeXT-Video: the contract, prompts and frames like Hugging Face's, decodes like those of an unmodified model."""
 
 import json
 

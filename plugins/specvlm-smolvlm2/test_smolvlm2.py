@@ -33,7 +33,7 @@ def test_it_keeps_the_contract():
 
 
 def test_prompts_equal_those_of_hugging_faces_processor():
-    """Of videos of unlike lengths, it counts the black frames that fill up the shorter one; we say how many there are."""
+    """For videos of different lengths, it counts the black frames that pad the shorter one; ours counts real frames."""
     assert checks.unlike_the_processor(FAMILY) == (12 + 6, ["unlike videos: ids"])
 
 
