@@ -79,7 +79,7 @@ class Agreement:
     fault: tuple[int, str] | None = None
 
     def __str__(self) -> str:
-        faults = [(wrong.token, self._told(wrong)) for wrong in self.differences if not wrong.explained]
+        faults = [(wrong.token, self._describe(wrong)) for wrong in self.differences if not wrong.explained]
         if first := min([*faults, *([self.fault] if self.fault else [])], default=None):
             return f"MISMATCH at token {first[0]}: {first[1]}"
         if self.differences:
@@ -87,7 +87,7 @@ class Agreement:
             return f"tie at token {first_tie.token} (gap {first_tie.gap:.2g})" + (f", and {more} more" if more else "")
         return "identical"
 
-    def _told(self, wrong: Difference) -> str:
+    def _describe(self, wrong: Difference) -> str:
         """Describe a difference that rounding does not explain."""
         others = len(self.differences) - 1
         said = f"Hugging Face's model prefers another token by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"

@@ -68,7 +68,7 @@ class Prefill:
         features_ND = joined((yield from self._features(match)) or [self.target.blank(0)])
         if match is not None and match.ending is not None:
             return features_ND, self._copied(match, match.ending)
-        return features_ND, (yield from self._behind(features_ND, match))
+        return features_ND, (yield from self._run_rest(features_ND, match))
 
     def _known(self, match: Match) -> int:
         """Number of the prompt's rows that need not be computed."""
@@ -113,7 +113,7 @@ class Prefill:
         cut, reads = self.prompt.cut, self.collector is not None and self.collector.reads_text
         return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
 
-    def _behind(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
+    def _run_rest(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
         """Run the target over the rows that are not known. Returns the next token's logits, (1, V)."""
         target, prompt, cache = self.target, self.prompt, self.cache
         begin = 0 if match is None else self._begin(match)

@@ -38,14 +38,14 @@ class Slices:
         for ticket in live:
             while ticket.resting is not None and not ticket.done:
                 others = [other for other in live if other.decodes and not other.done]
-                if not self._may_go_on(others, spent):
+                if not self._may_continue(others, spent):
                     return
                 if ticket.resting.waits:
                     ticket.advance(on)
                     break
                 spent += self._advance(ticket, others, on)
 
-    def _may_go_on(self, others: Sequence[Ticket], spent: float) -> bool:
+    def _may_continue(self, others: Sequence[Ticket], spent: float) -> bool:
         """Whether no request that decodes has waited too long; if none decodes, whether the slice is still short."""
         stalled = max((other.stalled for other in others), default=spent)
         return not stalled or stalled + self._last_s <= self.stall_s

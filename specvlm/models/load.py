@@ -219,12 +219,12 @@ def try_out(model: VideoLM) -> None:
         grid, video = model.process_video(clip)
         ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
         inputs = model.generate_inputs(model.expand(ids, [grid], [video]))
-    with explained(what) if is_builtin(type(model)) else _doubted(model):
+    with explained(what) if is_builtin(type(model)) else _blame_family(model):
         model.hf(**inputs, **last_logits(model.hf, 1))
 
 
 @contextmanager
-def _doubted(model: VideoLM) -> Iterator[None]:
+def _blame_family(model: VideoLM) -> Iterator[None]:
     """Turn an error of Hugging Face's forward on inputs that a plugin's family made into a PluginError."""
     try:
         yield
@@ -232,8 +232,8 @@ def _doubted(model: VideoLM) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = f"{model.folder}: transformers' own forward fails ({first_line(error)})"
-        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, or does config.json not fit"
-        raise traced(f"{said}: {gives} the weights?", error) from error
+        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, and that config.json"
+        raise traced(f"{said}: {gives} fits the weights", error) from error
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:

@@ -58,14 +58,14 @@ class Interrupts:
             yield
             return
         self.heard, self.installed = 0, True
-        signal.signal(signal.SIGINT, self._hear)
+        signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             yield
         finally:
             self.installed = False
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> NoReturn:
         """Raise KeyboardInterrupt on the first Ctrl-C. Exit on the second: the first was caught, or cleanup hangs."""
         self.heard += 1
         if self.heard > 1:

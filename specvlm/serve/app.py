@@ -64,7 +64,7 @@ class App:
             Route("/metrics", self._metrics, methods=["GET"]),
             Mount("/", StaticFiles(directory=PAGE, packages=[SHARED], html=True)),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _told, ApiError: _told, Exception: _fault}
+        handlers: dict[Any, Any] = {HTTPException: _error_answer, ApiError: _error_answer, Exception: _internal_error}
         self._inner = Starlette(routes=routes, exception_handlers=handlers)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -145,7 +145,7 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-async def _told(request: Request, error: Any) -> Response:
+async def _error_answer(request: Request, error: Any) -> Response:
     """Answer with an error in OpenAI's form."""
     if isinstance(error, ApiError):
         return error.response()
@@ -153,7 +153,7 @@ async def _told(request: Request, error: Any) -> Response:
     return ApiError(error.status_code, what or str(error.detail), headers=error.headers).response()
 
 
-async def _fault(request: Request, error: Exception) -> Response:
+async def _internal_error(request: Request, error: Exception) -> Response:
     """Print an unexpected error of the server and answer with status 500."""
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(FAULT, f"internal server error ({type(error).__name__})", code="server_error").response()

@@ -74,7 +74,7 @@ class Chat:
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; this server has {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
-            await self._until_gone(Answer(self, request, arrival, send, scope), receive, body)
+            await self._until_disconnected(Answer(self, request, arrival, send, scope), receive, body)
         except ApiError as error:
             self.metrics.answered(error.status)
             await error.response()(scope, receive, send)
@@ -83,9 +83,9 @@ class Chat:
         finally:
             body.release()
 
-    async def _until_gone(self, answer: Answer, receive: Receive, body: Body) -> None:
+    async def _until_disconnected(self, answer: Answer, receive: Receive, body: Body) -> None:
         """Answer a request, unless its client disconnects. Raises an error that ends it before its first byte."""
-        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_gone(receive))
+        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -286,7 +286,7 @@ def _check_type(headers: Headers) -> None:
         raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -62,5 +62,5 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 
 
 def busy(message: str, seconds: int) -> ApiError:
-    """Make the error for a request for which there is no room. seconds: when to retry."""
+    """Make the error for a request that finds no room. seconds: Time after which to retry."""
     return ApiError(BUSY, message, code="busy", headers={"retry-after": str(seconds)})

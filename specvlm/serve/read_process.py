@@ -48,7 +48,7 @@ class Limits:
 
 
 def serve(control: socket.socket) -> None:
-    """Fork for each message, which comes with a connection for the child, until the other end is closed."""
+    """Fork a child for each message, until the other end is closed. A message carries the child's connection."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need not be waited for
     while True:

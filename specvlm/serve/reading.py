@@ -118,7 +118,7 @@ def _read(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip
         with SERVER.ask(path.absolute(), options.reader, limits) as here:
             if not here.poll(limits.seconds + STARTING_S):
                 raise TimeoutError
-            info = VideoInfo(**_heard(here)["info"])
+            info = VideoInfo(**_received(here)["info"])
             sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
             here.send(sampling if any(sampling.values()) else target.sampling(info))
             return _clip(here, limits)
@@ -131,7 +131,7 @@ def _read(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip
         raise UserError("the video cannot be read: the reader sent no clip") from None
 
 
-def _heard(here: Any) -> Mapping[str, Any]:
+def _received(here: Any) -> Mapping[str, Any]:
     """Receive the next message. Raises UserError if it is an error."""
     found = json.loads(here.recv_bytes(LONGEST))
     if "error" in found:
@@ -142,7 +142,7 @@ def _heard(here: Any) -> Mapping[str, Any]:
 def _clip(here: Any, limits: Limits) -> Clip:
     """Receive the frames. Raises ValueError if their description or their size is invalid."""
     try:
-        told = Told.model_validate(_heard(here))
+        told = Told.model_validate(_received(here))
     except ValidationError:
         raise ValueError from None
     count, channels, *_ = told.shape

@@ -104,13 +104,13 @@ class inside:
         # Leave the modes at once, too: the loop may cache tensors that it creates under them.
         left = leave_modes(self.modes) if modes_entered() != self.modes else ""
         if error is not None:
-            self._tell(error)
+            self._replace_or_pass(error)
         elif left:
             raise StrategyError(f"{self.label} left torch in {left} of its own")
         elif INTERRUPTS.heard > self.heard:
             raise _interrupted(self.label)
 
-    def _tell(self, error: BaseException) -> None:
+    def _replace_or_pass(self, error: BaseException) -> None:
         """Raise the error that replaces this one. Return if this one may propagate, after adding a note if needed."""
         label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
