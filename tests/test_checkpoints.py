@@ -377,7 +377,7 @@ BAD_SETTINGS = {
 def test_video_settings_of_the_wrong_type_or_size_are_refused(name, tmp_path):
     for value in BAD_SETTINGS[name]:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: value}))
-        with pytest.raises(UserError, match="wanted"):
+        with pytest.raises(UserError, match="expected"):
             read_video_settings(tmp_path, ("Qwen2VL",))
 
 

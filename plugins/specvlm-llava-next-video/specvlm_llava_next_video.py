@@ -48,8 +48,8 @@ class LlavaNextVideoConfig:
             or found.get("do_center_crop") is False
         ):
             raise UserError(
-                f"{folder}: size={size} and crop_size={crop} of the video processor: wanted a shortest_edge, and a square crop "
-                "that is no larger"
+                f"{folder}: size={size} and crop_size={crop} of the video processor: expected a shortest_edge, and a square "
+                "crop that is no larger"
             )
         return cls(shortest, side, **normalization_of(found))
 

@@ -224,9 +224,9 @@ def test_max_num_frames_limits_files_and_a_failure_names_its_sample(model_class)
         ("ratio=1", "there is no pretrained"),
         ("pretrained=embedded:qwen2_5_vl,drfter=tree", 'there is no "drfter".*Did you mean "drafter"'),
         ("pretrained=embedded:qwen2_5,batch_size=2", 'Did you mean "qwen2_5_vl"'),
-        ("pretrained=x,batch_size=auto", "batch_size=auto: wanted a number of requests"),
-        ("pretrained=x,check=some", "check=some: wanted"),
-        ("pretrained=x,max_num_frames=few", "max_num_frames=few: wanted"),
+        ("pretrained=x,batch_size=auto", "batch_size=auto: expected a number of requests"),
+        ("pretrained=x,check=some", "check=some: expected"),
+        ("pretrained=x,max_num_frames=few", "max_num_frames=few: expected"),
         ("pretrained=x,fps=1", "cannot be combined"),
     ],
 )

@@ -61,7 +61,7 @@ class SmolVLMVideoConfig:
         given = {name: _edge(folder, size) for name, size in sizes.items() if size is not None}
         fps, most = sampling.get("fps", found.get("fps")), sampling.get("max_frames", found.get("num_frames"))
         if (fps is not None and not _positive(fps)) or (most is not None and not (_positive(most) and type(most) is int)):
-            raise UserError(f"{folder}: fps={fps!r} and max_frames={most!r} of the video processor: wanted numbers more than 0")
+            raise UserError(f"{folder}: fps={fps!r} and max_frames={most!r} of the video processor: expected numbers above 0")
         return cls(**given, fps=float(fps or FPS), most=most or FRAMES, **normalization_of(found))
 
 
@@ -277,7 +277,7 @@ def _edge(folder: Path, size: Any) -> int:
     """Return the longest edge of a size. Raises UserError if it has another form."""
     edge = size.get("longest_edge") if isinstance(size, dict) else None
     if type(edge) is not int or not 1 <= edge <= LARGEST:
-        raise UserError(f"{folder}: size={size!r} of the video processor: wanted a longest_edge from 1 to {LARGEST}")
+        raise UserError(f"{folder}: size={size!r} of the video processor: expected a longest_edge from 1 to {LARGEST}")
     return edge
 
 

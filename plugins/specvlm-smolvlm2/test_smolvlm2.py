@@ -122,8 +122,8 @@ def test_frames_are_resized_to_the_processors_sizes():
     [
         ({"max_image_size": {"longest_edge": 64}}, "frames are 64x64 for the processor, 56x56 for the model"),
         ({"resample": 3}, "resample=3, which is not Lanczos"),
-        ({"size": {"height": 9, "width": 9}}, "wanted a longest_edge"),
-        ({"video_sampling": {"fps": 0, "max_frames": 4}}, "wanted numbers more than 0"),
+        ({"size": {"height": 9, "width": 9}}, "expected a longest_edge"),
+        ({"video_sampling": {"fps": 0, "max_frames": 4}}, "expected numbers above 0"),
         ({"video_sampling": 7}, "video_sampling of the video processor is not an object of settings"),
     ],
 )

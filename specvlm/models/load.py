@@ -107,7 +107,7 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
     if wanted > 2 * held:
         raise UserError(
             f"{model.folder}: config.json describes a model of {wanted:,} weights, but the files hold {held:,}: "
-            "is the checkpoint complete, and does config.json belong to it?"
+            "check that the checkpoint is complete and config.json belongs to it"
         )
 
 

@@ -190,7 +190,7 @@ class Call:
         def checked(item: object) -> Pass:
             """Return a yielded pass, placed if `read`. Raises if the routine may not yield it."""
             if type(item) is not Pass or item.cache is not routine.cache or item.model is not routine.model:
-                raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
+                raise TypeError(f"a routine yields only passes of its own model and cache, got {type(item).__name__}")
             self.check(item)
             if (rows := item.tokens_Q.numel()) > routine.widest:
                 raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {rows}")

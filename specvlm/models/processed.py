@@ -25,7 +25,7 @@ def row_of(inputs: Mapping[str, Any], known: frozenset[str]) -> Tensor:
     given = {name: value for name, value in inputs.items() if value is not None}
     if other := sorted(given.keys() - TEXT - known):
         wanted = ", ".join(sorted(TEXT | known))
-        raise UserError(f"inputs {', '.join(other)}: wanted those of the model's own processor, {wanted}")
+        raise UserError(f"inputs {', '.join(other)}: expected those of the model's own processor, {wanted}")
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise UserError("inputs need input_ids as a tensor (1, S): call the processor with return_tensors='pt'")

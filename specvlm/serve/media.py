@@ -115,7 +115,7 @@ class MediaReader:
         except Image.DecompressionBombError:
             raise bad(f"the image has more than {most:,} pixels", code="image_too_large") from None
         except (OSError, ValueError, SyntaxError) as error:
-            raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
+            raise bad(f"the image cannot be read ({line(str(error))[:120]}): expected {', '.join(FORMATS)}") from None
 
     def _count(self, size: int, found: Media) -> None:
         """Count bytes of frames and images. Raises ApiError if the request has too many in total."""
@@ -215,7 +215,7 @@ def _data(url: str) -> bytes:
     """Decode a data URL."""
     head = DATA.match(url[:300])
     if not head:
-        raise bad("this data: URL cannot be read: wanted data:TYPE;base64,…", code="bad_url")
+        raise bad("this data: URL cannot be read: expected data:TYPE;base64,…", code="bad_url")
     body = url[head.end() :]
     return _unpacked(body) if head[3] else unquote_to_bytes(body)
 

@@ -159,7 +159,7 @@ def _part(source: Source, part: Any, media: Mapping[str, Iterator[Any]]) -> Any:
     if kind not in MEDIA:
         return part
     if other := sorted(str(key) for key in part.keys() - {"type", "path", kind}):
-        raise UserError(f'a part of type {kind} has {", ".join(other)}: wanted "{kind}" or "path"')
+        raise UserError(f'a part of type {kind} has {", ".join(other)}: expected "{kind}" or "path"')
     given = part.get(kind, part.get("path"))
     if given is not None:
         return {"type": kind, kind: clip_of(source, given) if kind == "video" else picture(given)}

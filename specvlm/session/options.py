@@ -102,11 +102,11 @@ class Options:
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)
         if self.fps is not None and self.fps <= 0:
-            raise UserError(f"fps={self.fps}: wanted frames per second, a number above 0")
+            raise UserError(f"fps={self.fps}: expected frames per second, a number above 0")
         check_range("seed", self.seed, 0, MOST_SEED - (self.n or 1))
         for name in ("check", "speculate"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r}: wanted True or False")
+                raise UserError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.logprobs is not None and not self.speculate:
             raise UserError("logprobs and speculate=False cannot be combined yet: leave one of them out")
         check_choice("reader", self.reader, NAMES)
@@ -160,7 +160,7 @@ class Penalties:
     def __post_init__(self) -> None:
         for name in ("presence", "frequency"):
             if not abs(value := getattr(self, name)) <= MOST_BIAS:
-                raise UserError(f"{name}_penalty={value}: wanted a number within -100 and 100")
+                raise UserError(f"{name}_penalty={value}: expected a number within -100 and 100")
 
     def check(self, vocabulary: int) -> None:
         """Raise UserError if a token is not one of the target's."""
@@ -191,7 +191,7 @@ def _built(kind: str, chosen: Any) -> Any:
             raise UserError(f"{kind}={chosen!r} is a {chosen.kind}")
         return chosen
     if not isinstance(chosen, str | Mapping):
-        raise UserError(f"{kind}={chosen!r}: wanted a name, a mapping of name and fields, or an instance")
+        raise UserError(f"{kind}={chosen!r}: expected a name, a mapping of name and fields, or an instance")
     return registry.build(kind, chosen)
 
 
@@ -202,7 +202,7 @@ def _number(name: str, value: Any, kind: type[int] | type[float], optional: bool
     fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not fits or (kind is float and not _finite(value)):
         wanted = "a whole number" if kind is int else "a finite number"
-        raise UserError(f"{name}={line(repr(value))}: wanted {wanted}" + (" or None" if optional else ""))
+        raise UserError(f"{name}={line(repr(value))}: expected {wanted}" + (" or None" if optional else ""))
 
 
 def _finite(value: Any) -> bool:
@@ -216,7 +216,7 @@ def _texts(given: Any) -> tuple[str, ...]:
     """Return the stop texts. Raises UserError for anything else, and for an empty one."""
     texts = (given,) if isinstance(given, str) else () if given is None else given
     if not isinstance(texts, LISTS) or not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"stop={given!r}: wanted texts, none of them empty")
+        raise UserError(f"stop={given!r}: expected texts, none of them empty")
     return tuple(texts)
 
 
@@ -226,19 +226,19 @@ def _ids(given: Any) -> frozenset[int] | None:
         return None
     ids = (given,) if isinstance(given, Integral) else given
     if not isinstance(ids, LISTS) or not all(map(_is_id, ids)):
-        raise UserError(f"stop_ids={given!r}: wanted token ids, whole numbers from 0")
+        raise UserError(f"stop_ids={given!r}: expected token ids, whole numbers from 0")
     return frozenset(map(int, ids))
 
 
 def _biases(given: Any) -> dict[int, float]:
     """Return the biases by token id. Raises UserError for anything else."""
     if not isinstance(given, Mapping | None):
-        raise UserError(f"logit_bias={given!r}: wanted a mapping of token ids to numbers")
+        raise UserError(f"logit_bias={given!r}: expected a mapping of token ids to numbers")
     for token, value in (given or {}).items():
         if not _is_id(token):
-            raise UserError(f"logit_bias has the key {token!r}: wanted token ids, whole numbers from 0")
+            raise UserError(f"logit_bias has the key {token!r}: expected token ids, whole numbers from 0")
         if not isinstance(value, Real) or isinstance(value, bool) or not abs(float(value)) <= MOST_BIAS:
-            raise UserError(f"logit_bias of token {token} is {value!r}: wanted a number within -100 and 100")
+            raise UserError(f"logit_bias of token {token} is {value!r}: expected a number within -100 and 100")
     return {int(token): float(value) for token, value in (given or {}).items()}
 
 

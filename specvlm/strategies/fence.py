@@ -189,7 +189,7 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
     """
     label = label_of(drafter)
     if type(item) is not Pass and type(item) is not Call:  # a subclass may answer otherwise once it has been checked
-        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
+        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, expected a Pass or a call of a Routine")
     cache = item.cache if isinstance(item, Pass) else item.routine.cache
     if not lease.has(cache):
         raise StrategyError(f"{label}: a pass writes to a cache that the session did not take: use ctx.caches.take")
@@ -257,7 +257,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
     """
     label = label_of(drafter)
     if not isinstance(tree, DraftTree):
-        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, wanted a DraftTree")
+        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, expected a DraftTree")
     try:
         parents, ranks = _shape(tree.parents, tree.ranks)
     except (TypeError, ValueError) as error:
@@ -290,7 +290,7 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
     if not parents or parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(parents) if node):
         raise ValueError(f"parents must be -1 for the root and parents[i] < i for the others, got {parents!r:.200}")
     if ranks is not None and (len(ranks) != len(parents) or min(ranks) < 0):
-        raise ValueError(f"ranks must be one a node, none negative, got {ranks!r:.200}")
+        raise ValueError(f"ranks must be one per node, none negative, got {ranks!r:.200}")
     return parents, ranks
 
 

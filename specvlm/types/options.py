@@ -60,9 +60,9 @@ class GenerationOptions:
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < inf:
             raise UserError(f"repetition_penalty must be finite and more than 0, got {self.repetition_penalty}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop={self.stop!r}: wanted texts, none of them empty")
+            raise UserError(f"stop={self.stop!r}: expected texts, none of them empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UserError(f"logprobs={self.logprobs}: wanted a number of tokens from 0 to {MOST_LOGPROBS}")
+            raise UserError(f"logprobs={self.logprobs}: expected a number of tokens from 0 to {MOST_LOGPROBS}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
         """Resolve a caller's argument: None gives `self`, an int gives `self` with that `max_new_tokens`.

@@ -107,7 +107,7 @@ def llava_tokens(size: tuple[int, int], config: Any) -> int:
 def _check(image: Tensor) -> None:
     """Raise ValueError unless the image is uint8 (3, H, W) and not empty."""
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"image: wanted uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"image: expected uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
@@ -118,5 +118,5 @@ def _load(processor: Any, folder: str | Path) -> Any:
     if not Path(folder).is_dir():  # Hugging Face would look it up on its hub
         raise UserError(f"no such model folder: {folder}")
     wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"
-    with explained(f"{folder} has no usable image processor settings: wanted {wanted}"):
+    with explained(f"{folder} has no usable image processor settings: expected {wanted}"):
         return processor.from_pretrained(folder, local_files_only=True)

@@ -32,12 +32,14 @@ def clip_from_frames(frames: Any, fps: float = UNKNOWN_FPS) -> Clip:
         UserError: The frames have another type or shape, differ in size, or are empty; `fps` is not a number above 0.
     """
     if not (isinstance(fps, int | float) and fps > 0 and isfinite(fps)):
-        raise UserError(f"fps={fps!r}: wanted frames per second, a number above 0")
+        raise UserError(f"fps={fps!r}: expected frames per second, a number above 0")
     if isinstance(frames, Tensor | np.ndarray):
         if frames.ndim != 4 or not len(frames):
-            raise UserError(f"frames of shape {tuple(frames.shape)}: wanted (T, H, W, 3) or (T, 3, H, W)")
+            raise UserError(f"frames of shape {tuple(frames.shape)}: expected (T, H, W, 3) or (T, 3, H, W)")
     elif not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
-        raise UserError(f"{type(frames).__name__} is not a video: wanted a path, bytes, an array, a tensor or a list of frames")
+        raise UserError(
+            f"{type(frames).__name__} is not a video: expected a path, bytes, an array, a tensor or a list of frames"
+        )
     pictures = [picture(frame) for frame in frames]
     if sizes := sorted({(one.shape[2], one.shape[1]) for one in pictures})[1:]:
         raise UserError(f"the frames differ in size: one is {sizes[0][0]}x{sizes[0][1]}")
@@ -65,14 +67,14 @@ def picture(value: Any) -> Tensor:
         value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         kind = f"{getattr(value, 'dtype', '')} {type(value).__name__}".strip()
-        raise UserError(f"{kind} is not a picture: wanted a path, bytes, a picture of Pillow, or uint8 values")
+        raise UserError(f"{kind} is not a picture: expected a path, bytes, a picture of Pillow, or uint8 values")
     return _channels_first(value.cpu())
 
 
 def _channels_first(pixels: Tensor) -> Tensor:
     """Convert (3, H, W) or (H, W, 3) to (3, H, W). Raises UserError for any other shape."""
     if pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]) or 0 in pixels.shape:
-        raise UserError(f"a picture of shape {tuple(pixels.shape)}: wanted (H, W, 3) or (3, H, W)")
+        raise UserError(f"a picture of shape {tuple(pixels.shape)}: expected (H, W, 3) or (3, H, W)")
     return (pixels if pixels.shape[0] == 3 else pixels.permute(2, 0, 1)).contiguous()
 
 

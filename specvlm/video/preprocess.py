@@ -228,7 +228,7 @@ def _check_frames(frames: Tensor) -> None:
     """Raise ValueError unless frames are uint8 (T, 3, H, W) on the CPU, and UserError if there are none."""
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or frames.device.type != "cpu":
         raise ValueError(
-            f"frames: wanted uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
+            f"frames: expected uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
         )
     if 0 in frames.shape:
         raise UserError(f"the clip is empty: {frames.shape[0]} frames of {frames.shape[3]}x{frames.shape[2]}")

@@ -74,11 +74,11 @@ class SpecVLM(lmms):
         if pretrained is None:
             raise UserError("model_args: there is no pretrained=…, the target: a folder, a name or embedded:qwen2_5_vl")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size={batch_size}: wanted a number of requests in flight, 1 or more")
+            raise UserError(f"batch_size={batch_size}: expected a number of requests in flight, 1 or more")
         if isinstance(check, str) or not 0 <= check <= 1:
-            raise UserError(f"model_args: check={check}: wanted true, false or a share of the answers, 0 to 1")
+            raise UserError(f"model_args: check={check}: expected true, false or a share of the answers, 0 to 1")
         if max_num_frames is not None and (not isinstance(max_num_frames, int) or max_num_frames < 1):
-            raise UserError(f"model_args: max_num_frames={max_num_frames}: wanted a number of frames, 1 or more")
+            raise UserError(f"model_args: max_num_frames={max_num_frames}: expected a number of frames, 1 or more")
         if max_num_frames is not None and {"frames", "fps"} & settings.keys():
             raise UserError("model_args: max_num_frames, frames and fps cannot be combined: leave out max_num_frames")
         self.batch_size, self.check, self.max_num_frames = int(batch_size), float(check), max_num_frames

@@ -62,7 +62,7 @@ class SamplingVerifier(Verifier):
 
     def __post_init__(self) -> None:
         if self.temperature == 0:
-            raise ValueError("temperature 0 takes the best token always: use verifier=greedy")
+            raise ValueError("temperature 0 always takes the best token: use verifier=greedy")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.top_k < 0:
