@@ -119,5 +119,5 @@ def test_requests_take_turns():
 
 
 def test_drafters_that_read_the_target_are_refused():
-    with pytest.raises(UserError, match="drafter=prompt_lookup cannot draft in a process of its own"):
+    with pytest.raises(UserError, match="drafter=prompt_lookup cannot draft in a separate process"):
         RemoteDrafter(PromptLookupDrafter(), None)

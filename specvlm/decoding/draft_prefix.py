@@ -21,8 +21,8 @@ from specvlm.types import Features, KeepSet, VideoPrompt
 class ReusedDraftPrefill(DraftPrefill):
     """Keeps a draft's video features, and its rows of the pruned video if other questions will keep the same tokens.
 
-    Rows that are computed without the question round differently. So they are reused only if guesses cannot change the
-    output.
+    Rows that are computed apart from the question round otherwise. So they are reused only where a guess cannot change
+    the output.
 
     Args:
         store: Store for both.
@@ -67,7 +67,7 @@ class ReusedDraftPrefill(DraftPrefill):
 
 
 def frames_of(prompt: VideoPrompt, keep: KeepSet) -> str:
-    """Return a digest of which frames are encoded for the kept tokens, or "all"."""
+    """Tell which frames are encoded for the kept tokens: a digest of theirs, or "all"."""
     if keep.pool is not None:
         return "all"
     found, start = list[str](), 0

@@ -268,7 +268,7 @@ class DecodingGraph:
         return self._view(prompt, self.options.ratio if ratio is None else ratio).budget
 
     def _view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget, and who picks the tokens: the pruner, if some but not all are kept and a model drafts."""
+        """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -293,7 +293,7 @@ class DecodingGraph:
         features_ND: Tensor | Features,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select` on ranks that hold a draft, or on all if none does; all ranks then use rank 0's choice."""
+        """Run `select` on rank 0 and on ranks with a draft, or on all if there is none, then use rank 0's choice everywhere."""
         ranks, here = self.target.ranks, self.draft is None or self.draft.device.type != "meta"
         keep = self.select(prompt, collector, features_ND, generator, view) if here or not ranks.rank else None
         if ranks.size > 1:

@@ -38,7 +38,7 @@ class Prefill:
         clock: Times the stages.
         engine: Runs the passes.
         collector: Collects signals on the way; None if none are needed.
-        prefixes: Store of what earlier requests have computed. None: compute everything and keep nothing.
+        prefixes: What earlier requests have computed; None to compute all and to keep nothing.
     """
 
     target: VideoLM
@@ -106,9 +106,9 @@ class Prefill:
         self.prefixes.keep_other(self._feature_key(match, number), lambda: [part.clone() for part in parts], size)
 
     def _begin(self, match: Match) -> int:
-        """First slot that Hugging Face's modules compute.
+        """First slot that is computed by the modules of Hugging Face.
 
-        Signals of the text need all of its rows. So do the exact rows after the video, which the engine fills itself.
+        Signals of the text need all of its rows. So do the exact rows behind the video, which the engine fills itself.
         """
         cut, reads = self.prompt.cut, self.collector is not None and self.collector.reads_text
         return min(match.slots, cut) if reads or self.engine.exact(self.target) else match.slots
@@ -200,7 +200,7 @@ class Prefilled(NamedTuple):
         return dict(times_s)
 
     def drafting(self, pruner: Pruner, free: bool) -> DraftPrefill:
-        """Return the object that prefills the drafter's model. free: Whether no guess can change the output."""
+        """Return what prefills the drafter's model. free: Whether no guess can change the output."""
         if self.kept is None:
             return DraftPrefill()
         return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, pruner, free)

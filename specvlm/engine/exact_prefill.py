@@ -31,10 +31,10 @@ def exact_prefilling(
 ) -> Pauses[Tensor]:
     """Fill a cache with a prompt that has text after the last video or image. Returns the next token's logits, (1, V).
 
-    Hugging Face's modules run everything before that text, in passes whose borders are fixed slots. They also run the
-    text itself if signals are read from it. Then the engine runs the text with the arithmetic of decoding steps, in
-    slices whose borders are fixed slots too. So a row's bits depend only on its token, its position and the rows before
-    it, and are the same after a reused video, or in a longer chat.
+    Hugging Face's modules run what comes before that text, in passes whose borders are fixed by slot. They also run the
+    text itself if signals are read from it. Then the engine runs it by the arithmetic of steps, in slices whose borders
+    are fixed by slot too. So a row's bits depend on its token, its position and the rows before it alone: the text of a
+    kept video with another question, or of a longer chat, has the same bits.
 
     Arguments are those of `Engine.prefilling`.
     """

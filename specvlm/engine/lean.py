@@ -113,7 +113,7 @@ class Sight(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the rows of one request's pass are: slots base + at + row of a cache. Tensors are on one stage's device."""
+    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device."""
 
     cache: KVCache
     base: Tensor

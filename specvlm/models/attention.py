@@ -57,7 +57,7 @@ class AttentionCollector:
     """Collects attention from the rows of one pass to the video tokens, layer by layer (SpecVLM, section 3).
 
     Computes scores (H, G, Q, K) in blocks of BLOCK bytes: several KV heads, or some rows of one head. Peak memory is
-    about three blocks. It keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set.
+    about three blocks. Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set.
 
     Attributes:
         video_index: (N,) key slots of the video tokens.
@@ -209,7 +209,7 @@ class AttentionCollector:
     def _read(self, query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int) -> tuple[Tensor, ...]:
         """Compute the attention to the video tokens, averaged over heads, as four tensors.
 
-        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 if unweighted).
+        (N,) each: the mean over rows from `first` on, the last row, and the weighted mean over rows (0 without weights).
         (H, N): the mean over rows per KV head; (0, N) unless `heads` is set.
         """
         heads, group, count, _ = query_HGQD.shape

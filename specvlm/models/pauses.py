@@ -17,8 +17,8 @@ class Pause:
     """A point at which a prefill may pause, so that a scheduler can run other requests. The engine runs nothing for it.
 
     Attributes:
-        device: Device that the prefill runs on.
-        waits: Whether the prefill waits for another request, so that resuming it at once would not help.
+        device: Device of the work so far.
+        waits: Whether it waits for another request, so that going on at once would be of no use.
     """
 
     device: torch.device

@@ -24,7 +24,7 @@ SIGNALS: dict[str, str] = {
 }
 STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm", "key_norm", "key_norm_text"})
 CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
-# Signals that are the same for every question about a video.
+# Those that are the same for every question about a video.
 VIDEO_SIGNALS = CODEC_SIGNALS | {"features", "vision_attention", "vision_keys", "hidden", "final_norm", "key_norm"}
 
 

@@ -58,8 +58,8 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     to N for random float32 signals, a few for equal, zero and bfloat16 signals; on the CPU and, if available, on CUDA.
 
     Checks: the budget is kept, or all tokens if `keeps_all` is set; the result is on the right device; rows of `pool`
-    sum to 1; the same seed gives the same tokens, for any state of torch's global generator; inputs are not changed;
-    the names of fields and signals are allowed; `draft_layers`, `state_layer` and `row_weights` fit `needs`; a
+    sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs are not
+    changed; the names of fields and signals are allowed; `draft_layers`, `state_layer` and `row_weights` fit `needs`; a
     missing signal raises a ValueError that names it. A pruner may refuse several videos, but only with a ValueError
     whose message is a sentence.
 

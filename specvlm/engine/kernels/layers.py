@@ -195,7 +195,7 @@ def _times_silu(g, u, kind: tl.constexpr):
 
 @triton.jit
 def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, GROUP: tl.constexpr, PDL: tl.constexpr):
-    """Compute y (Q, N) = silu(gate) * up in 8 bits from (Q, 2 N) gate and up, by group. Grid (Q, N / GROUP)."""
+    """Compute y (Q, N) = silu(gate) * up in 8 bits from (Q, 2 N) gate and up, a group at a time. Grid (Q, N / GROUP)."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = group * GROUP + tl.arange(0, GROUP)
     if PDL:
