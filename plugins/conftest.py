@@ -1,4 +1,4 @@
-"""The packages' own tests start from what tests/conftest.py sets up: run `pytest` from the root, or in a package's folder."""
+"""Set up the packages' own tests as tests/conftest.py does. Run `pytest` from the root, or in a package's folder."""
 
 import torch
 

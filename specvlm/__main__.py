@@ -2,7 +2,7 @@
 
 Exit codes (`errors.ExitCode`):
 0 done, and no check found a wrong output; 1 MISMATCH: an output differs from the target's own and rounding does not
-explain it; 2 a user error or an error of the operating system, explained in one line; 3 a fault of specvlm or of a
+explain it; 2 a user error or an error of the operating system, explained in one line; 3 a bug in specvlm or in a
 plugin, with its traceback; 4 another rank died; 5 some samples failed (the table lists them); 130 Ctrl-C; 141 the
 reader of a pipe is gone; 143 SIGTERM under torchrun.
 

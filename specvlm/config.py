@@ -73,7 +73,7 @@ class DraftConfig(ModelConfig):
 class RunConfig:
     """All keys of a run. It serves as Hydra's schema, and later holds the checked values.
 
-    Then pruner, drafter, verifier, dataset, metric and tracker are what `registry.settings` returns.
+    In the checked values, pruner, drafter, verifier, dataset, metric and tracker are results of `registry.settings`.
     """
 
     pruner: Any = MISSING
@@ -153,7 +153,7 @@ def word(value: Any) -> str:
 
 
 def validate(cfg: RunConfig) -> None:
-    """Raise UserError for faults that types do not show: numbers out of bounds, malformed texts, keys that conflict."""
+    """Raise UserError for mistakes that types do not show: numbers out of bounds, malformed texts, conflicting keys."""
     check(RunConfig, vars(cfg), KEY)
     _expect(cfg, "check", cfg.check in (None, *CHECKS), f"null, {' or '.join(CHECKS)}")
     check_prefixes(cfg.prefixes)
@@ -162,7 +162,7 @@ def validate(cfg: RunConfig) -> None:
     of = f"0/4, 1/4, 2/4 or 3/4, of at most {SHARDS}, or null"
     _expect(cfg, "shard", shard is not None and int(shard[1]) < int(shard[2]) <= SHARDS, of)
     mirrored = (cfg.tracker, f"tracker={getattr(cfg.tracker, 'name', None)} mirrors jobs over")
-    parts = ((cfg.shard, "shard shares out"), (cfg.resume, "resume goes on with"), mirrored)
+    parts = ((cfg.shard, "shard divides"), (cfg.resume, "resume continues"), mirrored)
     joint = (cfg.batch > 1, f"batch={cfg.batch} decodes together")
     for asked, what in (*parts, joint, (cfg.metric, "metric scores answers to")):
         if asked and cfg.dataset is None:
@@ -184,7 +184,7 @@ def validate(cfg: RunConfig) -> None:
 
 
 def check_prefixes(value: object) -> None:
-    """Raise UserError for a value of `prefixes` that is none of auto, false and a number of GiB."""
+    """Raise UserError for a value of `prefixes` other than auto, false or a number of GiB."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_GIB
     if not (number or value is False or value == "auto"):
         raise UserError(f"prefixes={line(str(value))}: expected auto, false, or the GiB to keep, at most {MOST_GIB:,}")

@@ -1,6 +1,6 @@
 """Exceptions, exit codes and the text of error messages. Imports nothing else from specvlm.
 
-The message of a `UserError` says in one line what was seen, what is allowed and what to do, as far as each applies.
+The message of a `UserError` says in one line which value was given, what is allowed and what to do, if applicable.
 """
 
 import re
@@ -60,10 +60,10 @@ class JobFailed(Exception):
 
 
 class StrategyError(Exception):
-    """A fault of a strategy; the message names the strategy if it is known.
+    """An error in a strategy; the message names the strategy if it is known.
 
-    Replaces those exceptions of a strategy that callers would misread: an OSError would look like a fault of the disk
-    that holds the results, a SystemExit would end the process.
+    Replaces exceptions of a strategy that callers would misread: an OSError would look like a failure of the disk that
+    holds the results, a SystemExit would end the process.
     """
 
 
@@ -126,7 +126,7 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, at most 300 characters of it.
 
     The error's type comes first, unless an OSError, ImportError or ValueError (but no UnicodeError) has a text of ten
-    characters or more. A missing module gets no type, but how to install it.
+    characters or more. For a missing module, the text says how to install it instead.
     """
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""

@@ -283,8 +283,8 @@ def test_pruning_gains_with_the_load_and_the_table_fits_a_terminal(capsys, monke
 @pytest.mark.parametrize(
     ("costs", "said"),
     [
-        (crowd(draft=50.0), "Do not speculate, whatever the number of requests."),
-        (crowd(by_row=4.0, draft=1.0), r"Do not speculate from (2|4|8) requests at once on\."),
+        (crowd(draft=50.0), "Do not speculate, for any number of requests."),
+        (crowd(by_row=4.0, draft=1.0), r"Do not speculate with (2|4|8) or more requests at once\."),
     ],
 )
 def test_it_says_from_which_load_on_not_to_speculate(costs, said):
@@ -325,7 +325,7 @@ def test_rounds_of_several_requests_are_measured(most):
         (["acceptance="], "acceptance= has no value"),
         (["acceptance=3", "drafters=self"], "acceptance=3 does not cover drafters=self"),
         (["dataset=synthetic"], "give video=FILE question=… instead of dataset=…"),
-        (["costs=nowhere.json", "acceptance=3"], "costs=nowhere.json is no costs.json of an earlier profile"),
+        (["costs=nowhere.json", "acceptance=3"], "costs=nowhere.json is not a costs.json of an earlier profile"),
         (["ratoi=0.5"], 'there is no key "ratoi"'),
         (["-m"], "-m: the adviser has no options"),
         (["video=nowhere.mp4"], "nowhere.mp4"),

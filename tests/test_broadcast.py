@@ -99,7 +99,7 @@ def test_a_tree_of_another_shape_than_the_fixed_one_is_refused():
     target = SimpleNamespace(ranks=First(deque()), device=CPU, dtype=torch.float32)
     context = SimpleNamespace(target=target, generator=torch.Generator(), vocabulary=9)
     session = BroadcastSession(SimpleNamespace(fixed=SHAPE), Given([varied(2, False)]), context)
-    with pytest.raises(ValueError, match="not of the shape that the drafter calls fixed"):
+    with pytest.raises(ValueError, match="does not have the drafter.s `fixed` shape"):
         Engine().finish(session.propose(None))
 
 

@@ -173,7 +173,7 @@ def test_a_tree_can_be_given_as_a_list():
 
 
 REFUSED = [
-    ("pruner=two_stge", 'there is no pruner "two_stge"; there is fastv, none, .*window. Did you mean "two_stage"?'),
+    ("pruner=two_stge", 'there is no pruner "two_stge"; choose from fastv, none, .*window. Did you mean "two_stage"?'),
     ("prunner=x", 'there is no key "prunner".*Did you mean "pruner"?'),
     ("max_new_token=3", 'there is no key "max_new_token".*Did you mean "max_new_tokens"?'),
     ("+max_new_token=3", 'there is no key "max_new_token".*Did you mean "max_new_tokens"?'),

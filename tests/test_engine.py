@@ -441,7 +441,7 @@ def test_engine_for():
     assert type(engine_for("eager", "cpu")) is Engine
     fallback = engine_for("graphs", "cpu")
     assert isinstance(fallback, Fallback) and fallback.name == "eager"
-    assert "cpu is no CUDA device" in fallback.note and "\n" not in fallback.note
+    assert "cpu is not a CUDA device" in fallback.note and "\n" not in fallback.note
     with pytest.raises(UserError, match="engine=fast is none of auto, eager, graphs"):
         engine_for("fast")
 

@@ -119,8 +119,8 @@ def test_of_two_families_of_one_type_the_built_in_or_the_first_stays(bringing, c
     assert families.sources()["later_vl"].plugin == "specvlm-1 0.3"
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(",")[0] for line in said] == [
-        'specvlm: plugin specvlm-0 0.3 brings model family "qwen2_5_vl"',
-        'specvlm: plugin specvlm-2 0.3 brings model family "later_vl"',
+        'specvlm: plugin specvlm-0 0.3 defines model family "qwen2_5_vl"',
+        'specvlm: plugin specvlm-2 0.3 defines model family "later_vl"',
     ]
 
 

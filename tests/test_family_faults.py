@@ -117,7 +117,7 @@ def loaded(monkeypatch):
 
 AT = rf"model family qwen2_vl: {HERE}\.\w+\."
 WHERE = r" \(SPECVLM_PLUGIN_TRACEBACK=1 shows where\)$"
-FORWARD = "small: transformers' own forward fails .*: check what test_family_faults.SizesAreMissing.hf_inputs returns, or does"
+FORWARD = "small: transformers' own forward fails .*: check what test_family_faults.SizesAreMissing.hf_inputs returns, and that"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ FORWARD = "small: transformers' own forward fails .*: check what test_family_fau
             rf"^{AT}runs must return whole numbers that add up to the tokens of the grid, TokenGrid\(.*\), got \[\d+\]$",
         ),
         (PixelsAreANumber, rf"^{AT}hf_inputs must return a dict of tensors, got {{'input_ids': Tensor, .*, 'scale': 2.0}}$"),
-        (SizesAreMissing, rf"{FORWARD} config.json not fit the weights\?{WHERE}"),
+        (SizesAreMissing, rf"{FORWARD} config.json fits the weights{WHERE}"),
         (NoFamily, rf"specvlm-broken 0.1: {HERE}:NoFamily does not define family, check_settings, "),
         (NoAxes, rf"specvlm-broken 0.1: {HERE}:NoAxes does not define axes, check_settings, "),
         (MemoryEnds, "^cpu ran out of memory$"),
@@ -151,7 +151,7 @@ def test_the_traceback_is_logged_if_it_is_asked_for(loaded, monkeypatch, caplog)
     with pytest.raises(PluginError, match=r"process_video raised KeyError: 'most', in line \d+$"):
         loaded(KeyIsMissing)
     assert 'super().process_video(clip, {}["most"])' in caplog.text
-    with pytest.raises(PluginError, match=r"does config.json not fit the weights\?$"):
+    with pytest.raises(PluginError, match=r"that config.json fits the weights$"):
         loaded(SizesAreMissing)
     assert "Traceback" in caplog.records[-1].getMessage() and "modeling_qwen2_vl.py" in caplog.records[-1].getMessage()
 

@@ -107,8 +107,8 @@ def tree(tokens=(5, 6, 7, 8), parents=(-1, 0, 0, 1), q=None, ranks=None, cls=Dra
 @pytest.mark.parametrize(
     ("proposal", "why"),
     [
-        (None, "wanted a DraftTree"),
-        ([5, 6], "wanted a DraftTree"),
+        (None, "expected a DraftTree"),
+        ([5, 6], "expected a DraftTree"),
         (tree(parents=()), "parents"),
         (tree(parents=(0, 0, 0, 1)), "parents"),
         (tree(parents=(-1, 0, 3, 1)), "parents"),

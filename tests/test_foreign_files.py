@@ -52,7 +52,7 @@ BAD_COSTS = (
 def test_costs_of_wrong_types_or_beyond_bounds_are_refused(change, capfd):
     Path("costs.json").write_text(json.dumps(COSTS | change))
     said = refused(lambda: advise(["costs=costs.json", "acceptance=3.5", "hydra.run.dir=out"]), capfd)
-    assert "costs=costs.json is no costs.json of an earlier profile" in said and not Path("out").exists()
+    assert "costs=costs.json is not a costs.json of an earlier profile" in said and not Path("out").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[", "[]", "null", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff\xfe"])
@@ -207,7 +207,7 @@ def test_a_list_or_a_number_is_no_strategy(word, capfd):
         ("tracker: wandb", "tracker=wandb"),
         ("tracker: [1]", "by name"),
         ("pruner: uniform", "uniform"),
-        ('dataset: {name: folder, root: "a\\0b"}', "is no file"),
+        ('dataset: {name: folder, root: "a\\0b"}', "is not a file"),
         ('baselines: "a\\0b"\ndataset: {name: synthetic, scenes: 1}', "baselines=ab"),
         ('hydra: {run: {dir: "a\\0b"}, sweep: {dir: "a\\0b"}}', "dir=ab"),
         ('video: "a\\0b"', "ab"),

@@ -136,7 +136,7 @@ def test_a_sweep_whose_folder_goes_away_ends_at_once(gone, monkeypatch, capfd):
 
 @pytest.mark.parametrize("video", ["../out.mp4", "/etc/passwd", "a/../../out.mp4", "a\0.mp4", "", 5, None])
 def test_a_list_names_no_video_outside_its_folder(video):
-    with pytest.raises(UserError, match="wanted a path below"):
+    with pytest.raises(UserError, match="expected a path below"):
         FolderDataset(str(questions({"video": video}))).samples()
 
 
@@ -145,7 +145,7 @@ def test_a_published_list_names_no_video_outside_its_folder_either():
     Path("data/video").mkdir()
     entry = {"video": "../../../../x.mp4", "question": "q", "candidates": ["a"], "answer": "a"}
     Path("data/json/action_antonym.json").write_text(json.dumps([entry]))
-    with pytest.raises(UserError, match="wanted a path below"):
+    with pytest.raises(UserError, match="expected a path below"):
         MVBenchDataset("data", tasks=("action_antonym",)).samples()
 
 
@@ -249,11 +249,11 @@ def test_what_is_no_file_among_a_jobs_files_is_refused_and_not_waited_for(kind, 
     path.unlink()
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     assert report([str(tmp_path / "sweep"), "-o", str(tmp_path / "out.html")]) == 2
-    assert f"{name} is no file" in capsys.readouterr().err
+    assert f"{name} is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["rb", "ab", "w"])
 def test_a_pipe_is_opened_by_nobody(mode, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is no file"):
+    with pytest.raises(UserError, match="pipe is not a file"):
         files.open_regular(tmp_path / "pipe", mode)

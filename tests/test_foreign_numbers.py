@@ -170,7 +170,7 @@ def test_what_is_no_file_or_too_large_is_not_read(what):
     elif what == "large":
         path.touch()
         os.truncate(path, 3 << 30)
-    with pytest.raises(UserError, match="is no file|has more than"):
+    with pytest.raises(UserError, match="is not a file|has more than"):
         outside.read_bytes(path)
 
 

@@ -139,14 +139,14 @@ def test_more_frames_than_there_are_stay_refused_where_they_were_asked_for():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"fps": "2"}, "fps='2' of the video processor: wanted a number more than 0"),
+        ({"fps": "2"}, "fps='2' of the video processor: expected a number more than 0"),
         ({"fps": -1}, "fps=-1"),
         ({"fps": float("nan")}, "fps=nan"),
         ({"fps": True}, "fps=True"),
-        ({"max_frames": 0}, "max_frames=0 of the video processor: wanted a whole number"),
+        ({"max_frames": 0}, "max_frames=0 of the video processor: expected a whole number"),
         ({"min_frames": 2.5}, "min_frames=2.5"),
         ({"num_frames": [8]}, "num_frames"),
-        ({"fps": 2, "num_frames": 8}, "exclude each other"),
+        ({"fps": 2, "num_frames": 8}, "cannot both be set"),
     ],
 )
 @pytest.mark.parametrize("family", TYPES)

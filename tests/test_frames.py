@@ -132,5 +132,5 @@ def test_names_with_digits_of_other_scripts_are_sorted(tmp_path):
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_rate_that_gives_no_times_is_refused(tmp_path, fps):
-    with pytest.raises(UserError, match="wanted frames per second above 0"):
+    with pytest.raises(UserError, match="expected frames per second above 0"):
         read_frames(tmp_path, fps)

@@ -215,7 +215,7 @@ def test_a_stop_id_that_is_ignored_is_a_mismatch(family, monkeypatch):
     for generate in (False, True):
         assert str(checks.check(request, right, LIMIT, generate=generate)) == "identical"
         found = str(checks.check(request, output, LIMIT, generate=generate))
-        assert found == f"MISMATCH at token {len(right)}: the answer goes on behind stop token {right[-1]}"
+        assert found == f"MISMATCH at token {len(right)}: the answer continues after stop token {right[-1]}"
         found = str(checks.check(request, right[:-1], LIMIT, generate=generate))
         assert found.startswith(
             f"MISMATCH at token {len(right) - 1}: the answer ends at {len(right) - 1} tokens, without a stop"
@@ -232,7 +232,8 @@ def test_the_second_best_token_is_a_tie_where_rounding_explains_its_gap_and_else
     found = checks.check(request, wrong, LIMIT)
     (only,) = found.differences
     assert only.token == LIMIT - 1 and only.candidates == (second, best) and only.gap > 100 * only.rounding
-    assert str(found).startswith(f"MISMATCH at token {LIMIT - 1}: Hugging Face's model prefers another by {only.gap:.2g}, ")
+    told = f"MISMATCH at token {LIMIT - 1}: Hugging Face's model prefers another token by {only.gap:.2g}, "
+    assert str(found).startswith(told)
     assert checks.check(request, wrong, LIMIT) == found, "it is seeded"
     monkeypatch.setattr("specvlm.app.hf_check.ROUNDINGS", 1e9)
     assert str(checks.check(request, wrong, LIMIT)) == f"tie at token {LIMIT - 1} (gap {only.gap:.2g})"

@@ -69,7 +69,7 @@ def test_a_file_that_has_changed_under_its_name_is_read_anew(way, known, tmp_pat
     second = getter(known, path, decoded)
     assert len(decoded) == 2 and (pixel_digest(second.video) == pixel_digest(first.video)) == (way == "touched")
     if way != "touched":
-        with pytest.raises(UserError, match=r"a\.mp4 has changed since it was looked at"):
+        with pytest.raises(UserError, match=r"a\.mp4 has changed since it was first read"):
             late.video["pixels"]
 
 

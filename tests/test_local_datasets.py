@@ -355,11 +355,11 @@ def test_folder_reads_a_table_as_it_reads_lines(tmp_path, video):
     ("line", "message"),
     [
         ("{video: talk}", "questions.jsonl, line 2 is not JSON"),
-        ('["talk.mp4"]', "line 2: wanted an object like"),
-        ('{"question": "What?"}', "line 2: video=None: wanted a path below"),
-        ('{"video": "a.mp4", "options": "One"}', "line 2: options='One': wanted a list of texts"),
-        ('{"video": "a.mp4", "start": "soon"}', "line 2: start='soon': wanted a number from 0"),
-        ('{"video": "a.mp4", "start": 3, "end": 2}', "line 2: end=2.0: wanted seconds after start=3.0"),
+        ('["talk.mp4"]', "line 2: expected an object like"),
+        ('{"question": "What?"}', "line 2: video=None: expected a path below"),
+        ('{"video": "a.mp4", "options": "One"}', "line 2: options='One': expected a list of texts"),
+        ('{"video": "a.mp4", "start": "soon"}', "line 2: start='soon': expected a number from 0"),
+        ('{"video": "a.mp4", "start": 3, "end": 2}', "line 2: end=2.0: expected seconds after start=3.0"),
         ('{"video": "pictures"}', "line 2: pictures is a folder of frames: add the frames per second"),
     ],
 )
@@ -468,7 +468,7 @@ def test_lists_that_are_none_and_entries_that_lack_a_key_are_named(tmp_path):
     with pytest.raises(UserError, match="lvb_val.json is not JSON .*LFS, download it again"):
         data.samples()
     write(path, {"a": 1})
-    with pytest.raises(UserError, match="lvb_val.json: wanted a list of objects"):
+    with pytest.raises(UserError, match="lvb_val.json: expected a list of objects"):
         data.samples()
     write(path, [{"id": "x"}])
     with pytest.raises(UserError, match="an entry of lvb_val.json has no 'candidates': expected lvb_val.json, "):
@@ -516,7 +516,7 @@ def test_bad_folders_of_frames_end_with_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no frames"):
         read_frames(folder, 3)
     Image.new("RGB", (16, 8)).save(folder / "1.png")
-    with pytest.raises(UserError, match="wanted frames per second above 0, got fps=0"):
+    with pytest.raises(UserError, match="expected frames per second above 0, got fps=0"):
         read_frames(folder, 0)
     with pytest.raises(UserError, match="is a file, not a folder of frames"):
         read_frames(folder / "1.png", 3)

@@ -214,7 +214,7 @@ def test_a_package_that_cannot_be_loaded_is_named(monkeypatch, caplog, capsys):
     registry.collect.cache_clear()
     assert main(["dataset=synthetic", "tracker=broken"]) == 2
     assert "specvlm: plugin specvlm-broken 0.2 is left out: ImportError: no module named x" in caplog.text
-    assert 'tracker=broken: there is no tracker "broken"; there is ' in capsys.readouterr().err
+    assert 'tracker=broken: there is no tracker "broken"; choose from ' in capsys.readouterr().err
 
 
 @pytest.mark.slow

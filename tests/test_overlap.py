@@ -335,7 +335,7 @@ def test_a_draft_that_dies_while_the_target_checks_ends_the_request(monkeypatch)
 
 
 def test_too_few_tokens_are_told_in_one_line():
-    with pytest.raises(UserError, match="asks 11 guesses of a node, there are 7 tokens"):
+    with pytest.raises(UserError, match="needs 11 guesses per node, there are 7 tokens"):
         graph = graph_of("qwen2_5_vl", OverlapDrafter("5x1", corrections=6))
         object.__setattr__(graph, "vocabulary", 7)
         list(graph.decode(tiny.prompt("qwen2_5_vl"), 8))

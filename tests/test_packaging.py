@@ -201,7 +201,7 @@ def test_removing_the_plugin_removes_its_option(site, tmp_path):
     gone = specvlm(without, "pruner=frame_diff")
     assert gone.returncode == 2
     assert gone.stderr.splitlines()[-1].startswith(
-        'specvlm: pruner=frame_diff: there is no pruner "frame_diff"; there is fastv'
+        'specvlm: pruner=frame_diff: there is no pruner "frame_diff"; choose from fastv'
     )
     assert "specvlm-frame-diff of SPECVLM_PLUGINS is not installed" in gone.stderr.splitlines()[0]
     assert not list((tmp_path / "elsewhere").iterdir())

@@ -164,7 +164,7 @@ FAULTS = {
     "slots": "its cache has 256",
     "tokens": r"\(Q,\) int64",
     "depths": "2 rows needs 2 depths, got 1",
-    "item": "wanted a Pass or a call of a Routine",
+    "item": "expected a Pass or a call of a Routine",
     "endless": "asks for more than 30 passes in a round",
 }
 

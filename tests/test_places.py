@@ -150,7 +150,7 @@ def test_the_plan_shares_a_head_of_its_own_alone():
 
 
 WEIGHTS, KV = ("target weights", "draft weights"), ("target KV cache", "draft KV cache")
-ACTIVATIONS, LOADING = "activations (estimate)", "more while shares load"
+ACTIVATIONS, LOADING = "activations (estimate)", "extra while loading"
 ONE = Placement(None, gpu(0), gpu(0)[0])
 
 

@@ -177,7 +177,7 @@ def test_settings_are_read_where_auto_video_processor_reads_them(tmp_path, name)
     [
         ({}, "has no video processor settings"),
         ({"processor_config.json": {"num_image_tokens": 729}}, "has no video processor settings"),
-        ({"preprocessor_config.json": LLAVA}, "is set up for LlavaOnevisionImageProcessor; wanted one of Qwen2VL"),
+        ({"preprocessor_config.json": LLAVA}, "is set up for LlavaOnevisionImageProcessor; expected one of Qwen2VL"),
         ({"preprocessor_config.json": {**QWEN, "do_normalize": False}}, "do_normalize=false.*not supported"),
         ({"preprocessor_config.json": {**QWEN, "resample": 2}}, "resample=2"),
         ({"video_preprocessor_config.json": {"size": {"height": 384, "width": 384}}}, "lacks shortest_edge"),
@@ -208,7 +208,7 @@ def test_frames_that_cannot_be_processed_are_refused():
         llava_video(picture(1, 8, 8)[:0], LlavaVideoConfig())
     with pytest.raises(UserError, match="201x1: no side"):
         qwen_video(picture(1, 1, 201), QwenVideoConfig())
-    with pytest.raises(ValueError, match="wanted uint8"):
+    with pytest.raises(ValueError, match="expected uint8"):
         qwen_video(picture(1, 8, 8).float(), QwenVideoConfig())
 
 

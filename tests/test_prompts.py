@@ -161,7 +161,7 @@ BROKEN = {
     "none": ({}, "no chat template"),
     "cut": (dict(chat_template_json='{"chat_template": "a'), "chat_template.json"),
     "without its key": (dict(chat_template_json={"template": "a"}), "has no chat_template in it"),
-    "a list": (dict(chat_template_json=["a"]), "wanted an object"),
+    "a list": (dict(chat_template_json=["a"]), "expected an object"),
     "a number": (dict(processor_config_json={"chat_template": 7}), "chat template"),
     "none named default": (dict(processor_config_json={"chat_template": {"rag": "a"}}), "none named default"),
     "another model": (dict(processor_config_json={"audio_tokenizer": {"audio_tokenizer_name_or_path": "x/y"}}), "audio"),

@@ -79,7 +79,7 @@ def test_rounds_are_those_of_one_process(drafter, verifier):
 def test_a_draft_that_is_killed_ends_the_request_with_one_line():
     with draft_process(partial(models, kill_in=6), how="fork") as link:
         graph = graph_of(RemoteDrafter(OverlapDrafter("chain:2"), link), GreedyVerifier(), True)
-        with pytest.raises(UserError, match=r"^the draft's process died without a word; the run cannot go on$"):
+        with pytest.raises(UserError, match=r"^the draft's process died without a message; the run cannot go on$"):
             list(graph.decode(tiny.prompt(FAMILY), 24))
     assert not graph.caches._leased
 
@@ -113,11 +113,11 @@ def test_requests_take_turns():
         first, second = (graph.decode(tiny.prompt(FAMILY, seed=number), 12) for number in range(2))
         for steps in (first, second):
             next(steps), next(steps)
-        with pytest.raises(RuntimeError, match="another request has begun, and there is one at a time"):
+        with pytest.raises(RuntimeError, match="another request has begun, and only one can run at a time"):
             list(first)
         assert len(list(second)) > 1
 
 
 def test_drafters_that_read_the_target_are_refused():
-    with pytest.raises(UserError, match="drafter=prompt_lookup cannot draft in a process of its own"):
+    with pytest.raises(UserError, match="drafter=prompt_lookup cannot draft in a separate process"):
         RemoteDrafter(PromptLookupDrafter(), None)

@@ -223,7 +223,7 @@ BAD = {
     "a missing tensor": (a_missing_tensor, "lack 3 tensors"),
     "broken tokenizer": (broken_tokenizer, "tokenizer cannot be loaded"),
     "wrong config": (wrong_config, "config.json cannot be used"),
-    "too wide a tree": (lambda: ["drafter.shape=300x2"], "guesses of a node"),
+    "too wide a tree": (lambda: ["drafter.shape=300x2"], "guesses per node"),
     "unknown reference": (lambda: ["ratio=${y}"], "y"),
     "other tokenizer": (other_tokenizer, "different tokenizers"),
     "other family": (lambda: ["draft.path=embedded:llava_onevision/plain"], "a pair needs one family"),

@@ -172,7 +172,7 @@ def test_a_dropped_file_is_asked_about_and_a_bad_one_is_one_clear_line(open_page
     page = open_page()
     page.wait_for_selector("#limit:not(:empty)")
     for name, content, kind, told in [
-        ("notes.txt", b"text", "text/plain", "notes.txt is no video."),
+        ("notes.txt", b"text", "text/plain", "notes.txt is not a video."),
         ("empty.mp4", b"", "video/mp4", "empty.mp4 is empty."),
     ]:
         drop(page, name, content, kind)

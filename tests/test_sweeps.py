@@ -278,8 +278,8 @@ DAMAGED = {
     "no row": ("samples.jsonl", '{"sample": "scene-0000"}\n', "has a line without sample, index or status"),
     "no object": ("samples.jsonl", "[1]\n", "samples.jsonl, line 1: not a JSON object"),
     "no round": ("steps.jsonl", '"x"\n', "steps.jsonl, line 1: not a JSON object"),
-    "no YAML": ("config.yaml", "pruner: [", "config.yaml is no configuration"),
-    "no configuration": ("config.yaml", "- a", "config.yaml is no configuration"),
+    "no YAML": ("config.yaml", "pruner: [", "config.yaml is not a configuration"),
+    "no configuration": ("config.yaml", "- a", "config.yaml is not a configuration"),
     "nothing": ("config.yaml", None, "holds samples but no config.yaml"),
 }
 
@@ -322,7 +322,7 @@ def test_results_are_not_overwritten_nor_mixed(capsys):
     finished("out", *PLAIN)
     before = Path("out/samples.jsonl").read_bytes()
     for more, why in (
-        ([], "holds 2 samples already: give resume=true to go on"),
+        ([], "holds 2 samples already: give resume=true to continue"),
         (["resume=true", "ratio=0.5"], "was made with ratio=0.9, this is ratio=0.5"),
         (["resume=true", "dataset.first=3"], "was made with dataset.first=0, this is dataset.first=3"),
     ):
@@ -758,7 +758,7 @@ def test_an_interrupted_sweep_tells_what_is_there(monkeypatch, capsys):
     assert sweep(THREE, "dataset.scenes=2") == 130
     shown, folder = capsys.readouterr().out, Path("sweep").absolute()
     assert "1/2" in shown and f"written to {folder}\n" in shown
-    assert f"with resume=true hydra.sweep.dir={folder} to go on" in shown
+    assert f"with resume=true hydra.sweep.dir={folder} to continue" in shown
     assert {summary_of(job)["status"] for job in jobs(Path("sweep")).values()} == {"incomplete"}
 
 

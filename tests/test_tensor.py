@@ -92,7 +92,7 @@ def test_quantised_shares_give_one_output_both_ways(by_ranks):
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ("kill", "specvlm: rank 1 of 2 died without a word"),
+        ("kill", "specvlm: rank 1 of 2 died without a message"),
         ("raise", "specvlm: rank 1 of 2 ended: the second rank has had enough; the run cannot go on"),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_draft_that_is_killed_during_a_check_ends_all_with_one_line(tmp_path):
     done = forked.ranks(partial(ranks_worker.run, "kill draft", tmp_path), tmp_path)
     assert (tmp_path / "killed").exists() and done.codes == (-SIGKILL, ExitCode.LOST)
     (said,) = done.lines()
-    assert said.startswith("specvlm: rank 0 of 2 died without a word"), done.err[-3000:]
+    assert said.startswith("specvlm: rank 0 of 2 died without a message"), done.err[-3000:]
 
 
 def test_a_draft_beside_two_ranks_gives_the_rounds_of_one_process(tmp_path):
@@ -126,8 +126,8 @@ def test_a_draft_beside_two_ranks_gives_the_rounds_of_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("killed", "line", "codes"),
     [
-        ("draft", "specvlm: the draft's process died without a word; the run cannot go on", (2, ExitCode.LOST)),
-        ("rank", "specvlm: rank 1 of 2 died without a word", (ExitCode.LOST, -SIGKILL)),
+        ("draft", "specvlm: the draft's process died without a message; the run cannot go on", (2, ExitCode.LOST)),
+        ("rank", "specvlm: rank 1 of 2 died without a message", (ExitCode.LOST, -SIGKILL)),
     ],
 )
 def test_whoever_is_killed_none_is_left_and_one_line_says_why(killed, line, codes, tmp_path):

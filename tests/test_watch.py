@@ -36,7 +36,7 @@ def said_by_forks(how: str, folder: Path, ranks: int = 2) -> list[str]:
     return [line.removeprefix("specvlm: ") for line in done.lines()]
 
 
-KILLED = "rank 0 of {} died without a word: killed, out of the host's memory, or crashed; the run cannot go on"
+KILLED = "rank 0 of {} died without a message: killed, out of the host's memory, or crashed; the run cannot go on"
 
 
 def test_ranks_of_the_command_end_with_one_line(tmp_path):
@@ -58,7 +58,7 @@ def test_ranks_of_the_command_end_with_one_line(tmp_path):
         ),
         (
             "second_block",
-            ["rank 1 of 2 died without a word: killed, out of the host's memory, or crashed; the run cannot go on"],
+            ["rank 1 of 2 died without a message: killed, out of the host's memory, or crashed; the run cannot go on"],
         ),
     ],
 )

@@ -34,9 +34,9 @@ class CodecPruner(Pruner):
     Signals: motion, packet_bytes, intra. Cost: the file is decoded once more, up to the last sampled frame, and a sort
     of P per frame. Limits: a video without motion (no file, all-intra coding, or a codec whose decoder exports no
     vectors: HEVC, VP9, AV1) is pruned evenly over all its tokens, and `KeepSet.note` says so. Moving blocks that are
-    coded anew have no vector and count as still. Vectors count as coded, also if their reference is several frames
-    away. Videos of a prompt share the budget in proportion to their tokens; newline tokens (LLaVA-OneVision) are kept
-    last.
+    intra-coded have no vector and count as still. Vectors count at full length, even if their reference is several
+    frames away. Videos of a prompt share the budget in proportion to their tokens; newline tokens (LLaVA-OneVision) are
+    kept last.
 
     Attributes:
         share: What splits the budget among frames: `bytes` (ours, the default), the compressed bytes of the frames it

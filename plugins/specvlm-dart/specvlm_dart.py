@@ -60,7 +60,7 @@ class DARTPruner(Pruner):
     def __post_init__(self) -> None:
         if self.video_pivots < 0 or self.text_pivots < 0 or not self.video_pivots + self.text_pivots:
             raise ValueError(
-                f"dart: video_pivots={self.video_pivots}, text_pivots={self.text_pivots}: wanted at least one pivot"
+                f"dart: video_pivots={self.video_pivots}, text_pivots={self.text_pivots}: expected at least one pivot"
             )
         if self.layer < 1:
             raise ValueError(f"layer={self.layer}: wanted 1 or more")

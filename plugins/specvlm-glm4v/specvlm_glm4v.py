@@ -1,7 +1,7 @@
 """GLM-4.1V, GLM-4.5V and GLM-4.6V for specvlm: image tokens of each frame before its time, M-RoPE by frame.
 
-A checkpoint's settings of the video processor say how frames are sampled and times written: as Glm4vProcessor does (4.1V,
-4.5V), or as Glm46VProcessor does (4.6V and 4.6V-Flash, whose models are of the older classes).
+The checkpoint's settings decide how frames are sampled and times are written: as in Glm4vProcessor (4.1V, 4.5V), or as
+in Glm46VProcessor (4.6V and 4.6V-Flash, whose models have the older classes).
 """
 
 import math
@@ -31,7 +31,10 @@ MOST_FRAMES = 640  # the same's
 
 @dataclass(frozen=True)
 class Glm4vVideoConfig(QwenVideoConfig):
-    """Frames are resized and normalized like Qwen2-VL's; pixel bounds are those of a video; defaults of Glm4vVideoProcessor."""
+    """How frames are resized and normalized: like Qwen2-VL's, with pixel bounds of a whole video.
+
+    The defaults are those of Glm4vVideoProcessor.
+    """
 
     processors: ClassVar[tuple[str, ...]] = ("Glm4v", "Glm46V")
     min_pixels: int = 112 * 112
@@ -46,7 +49,10 @@ class Glm4vVideoConfig(QwenVideoConfig):
 
 
 class Glm4v(Qwen2_5_VL):
-    """GLM-4.1V, GLM-4.6V-Flash. Videos are {"pixels": (t*h*w, patch values), "thw": patch grid, "times": of each frame}."""
+    """GLM-4.1V and GLM-4.6V-Flash.
+
+    Videos are {"pixels": (t*h*w, patch values), "thw": patch grid, "times": seconds of each frame}.
+    """
 
     family = lineage = "glm4v"
 
@@ -105,7 +111,7 @@ class Glm4v(Qwen2_5_VL):
     # ---- pixels
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Sample frames as the checkpoint's processor does, which repeats an odd last one; `process_video` does that."""
+        """Sample frames as the checkpoint's processor does. `process_video` repeats an odd last one, as it does."""
         found = self._settings
 
         def chosen(total: int, count: int) -> list[int]:
@@ -142,7 +148,7 @@ class Glm4v(Qwen2_5_VL):
     # ---- features
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Tensor:
-        """(t*h*w / merge², D) features. The tower takes every frame as an image of its own."""
+        """(t*h*w / merge², D) features. The tower takes every frame as a separate image."""
         visual, (t, h, w) = self.hf.model.visual, thw
         extra = {} if sight is None else {"sight": sight.of(visual.blocks[-1].attn)}
         grid = torch.tensor([[1, h, w]] * t, device=self.device)
@@ -155,7 +161,7 @@ class Glm4v(Qwen2_5_VL):
 
     @staticmethod
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
-        """transformers' model refuses videos beside images, since both have image tokens: then frames are images for it."""
+        """Return the model's inputs. It refuses videos beside images, so their frames are then passed as images."""
         kinds_S = torch.zeros(len(prompt), dtype=torch.int32)
         kinds_S[prompt.image_index], kinds_S[prompt.video_index] = 1, 1 if prompt.images else 2
         made = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
@@ -169,7 +175,10 @@ class Glm4v(Qwen2_5_VL):
         return made
 
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
-        """Image tokens are of a video between its start and its end. Times are in the text alone; here they are counted."""
+        """Invert `hf_inputs`. Image tokens between the start and end of a video are its frames.
+
+        Times are only in the text, so frames are counted instead.
+        """
         names = frozenset({"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"})
         tokens_S, tags = row_of(inputs, names), ["<|begin_of_video|>", "<|end_of_video|>"]
         starts_S, ends_S = ((tokens_S == tag).cumsum(0) for tag in self.tokenizer.convert_tokens_to_ids(tags))
@@ -199,19 +208,22 @@ class Glm4vMoe(Glm4v):
 
 
 class Glm46V(Glm4v):
-    """Models of transformers' class for GLM-4.6V, whose language model may be either."""
+    """Models of transformers' class for GLM-4.6V, whose language model may be dense or a mixture of experts."""
 
     family = "glm46v"
 
 
 def _joined(frames: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make a video of its frames."""
+    """Join frames to a video."""
     _, h, w = frames[0]["thw"]
     return {"pixels": torch.cat([frame["pixels"] for frame in frames]), "thw": (len(frames), h, w)}
 
 
 def by_seconds(total: int, fps: float, rate: float, longest: float) -> list[int]:
-    """Choose frames as Glm4vVideoProcessor does: `rate` a second, spread over the whole if it is longer than `longest`."""
+    """Choose frames as Glm4vVideoProcessor does: `rate` per second.
+
+    In a video longer than `longest` seconds, as many as for that length, spread over the whole video.
+    """
     last, seconds = total - 1, total / fps
     if seconds <= longest:
         found = [min(last, math.ceil(number * fps / rate)) for number in range(max(math.floor(seconds * rate), 1))]
@@ -223,7 +235,7 @@ def by_seconds(total: int, fps: float, rate: float, longest: float) -> list[int]
 
 
 def by_patches(total: int, fps: float, group: int) -> list[int]:
-    """Choose frames as Glm46VVideoProcessor does: by patches of `group` frames, the more the shorter the video."""
+    """Choose frames as Glm46VVideoProcessor does: in patches of `group` frames, at a higher rate for shorter videos."""
     seconds = total / fps
     spent = min(seconds, RATES[-1][0])
     rate = next(rate for end, rate in RATES if spent <= end)

@@ -1,4 +1,4 @@
-"""GLM-4.1V to 4.6V: the contract, prompts and frames like Hugging Face's, and decodes like those of a pristine model."""
+"""GLM-4.1V to 4.6V: the contract, prompts and frames like Hugging Face's, decodes like those of an unmodified model."""
 
 import ast
 from pathlib import Path

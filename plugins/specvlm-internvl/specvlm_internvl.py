@@ -1,4 +1,4 @@
-"""InternVL3 and InternVL3.5 for specvlm: each frame is an image behind its number; 1-D positions."""
+"""InternVL3 and InternVL3.5 for specvlm: each frame is an image after its number; 1-D positions."""
 
 import re
 from collections.abc import Mapping
@@ -135,7 +135,7 @@ class InternVL(VideoLM):
         return inputs | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
-        """The text tells frames from images: a frame is one tile behind its number, and frame 1 begins a video."""
+        """Invert `hf_inputs`. In the text, a frame is one tile after its number, and frame 1 begins a video."""
         tokens_S, given = row_of(inputs, frozenset({"pixel_values"})), inputs.get("pixel_values")
         runs = _runs((tokens_S == self.image_token).nonzero().flatten())
         counts = [len(run_R) // self.hf.config.image_seq_length for run_R in runs]
@@ -154,7 +154,7 @@ class InternVL(VideoLM):
         return placed(tokens_S, index, [self._grid(len(video["pixels"])) for video in videos], videos, images)
 
     def _numbers(self, tokens_S: Tensor, runs: list[Tensor], counts: list[int]) -> list[int]:
-        """Return the number that the text before each run gives a frame; 0 for one that is no frame."""
+        """Return the frame number in the text before each run; 0 for a run that is not a frame."""
         announced, end, found = rf"frame\s*(\d+)\s*:\s*{re.escape(self.tokenizer.start_image_token)}\s*$", 0, []
         for run_R, count in zip(runs, counts, strict=True):
             text = self.tokenizer.decode(tokens_S[end : int(run_R[0])].tolist())

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video for specvlm: LLaVA-OneVision with square crops of frames, pooled by its own layer, without a newline."""
+"""LLaVA-NeXT-Video for specvlm: LLaVA-OneVision with square crops of frames, its own pooling layer and no newline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class LlavaNextVideoConfig:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     rescale: float = 1 / 255
-    processors: ClassVar[tuple[str, ...]] = ("LlavaNext",)  # older checkpoints name the processor of images alone
+    processors: ClassVar[tuple[str, ...]] = ("LlavaNext",)  # older checkpoints name only the image processor
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -48,8 +48,8 @@ class LlavaNextVideoConfig:
             or found.get("do_center_crop") is False
         ):
             raise UserError(
-                f"{folder}: size={size} and crop_size={crop} of the video processor: wanted a shortest_edge, and a square crop "
-                "that is no larger"
+                f"{folder}: size={size} and crop_size={crop} of the video processor: expected a shortest_edge, and a square "
+                "crop that is no larger"
             )
         return cls(shortest, side, **normalization_of(found))
 
@@ -64,7 +64,10 @@ class LlavaNextVideoConfig:
 
 
 class LlavaNextVideo(LlavaOneVision):
-    """LLaVA-NeXT-Video. Videos are {"pixels": (F, 3, side, side)}, images {"pixels": (tiles, 3, side, side), "size"}."""
+    """LLaVA-NeXT-Video.
+
+    Videos are {"pixels": (F, 3, side, side)}, images {"pixels": (tiles, 3, side, side), "size"}.
+    """
 
     family = "llava_next_video"
 
@@ -86,7 +89,7 @@ class LlavaNextVideo(LlavaOneVision):
         return self.grid(len(pixels)), {"pixels": pixels}
 
     def grid(self, frames: int) -> TokenGrid:
-        """Return the token grid: patches pooled by squares, of which no part hangs over."""
+        """Return the token grid: squares of patches, pooled. Patches that do not fill a square are left out."""
         vision = self.hf.config.vision_config
         side = vision.image_size // vision.patch_size // self.hf.config.spatial_pool_stride
         return TokenGrid(frames, side, side)
@@ -135,7 +138,10 @@ class LlavaNextVideo(LlavaOneVision):
 
     @staticmethod
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
-        """Videos of unlike lengths, which the processor cannot stack, are one video for the model: it sees frames apart."""
+        """Return the model's inputs. Videos of different lengths, which cannot be stacked, are passed as one video.
+
+        That is equal, since the model encodes frames separately.
+        """
         made = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
         if prompt.videos:
             clips = [video["pixels"] for video in prompt.videos]
@@ -168,7 +174,7 @@ def image_tiles(size: tuple[int, int], config: Any) -> int:
 
 
 def image_tokens(size: tuple[int, int], config: Any) -> int:
-    """Count the tokens that LlavaNextVideoModel.pack_image_features makes of an image; each row of parts has a newline."""
+    """Count the tokens that LlavaNextVideoModel.pack_image_features makes of an image, newlines included."""
     from transformers.models.llava_next_video.modeling_llava_next_video import get_anyres_image_grid_shape, unpad_image
 
     side = int(config.vision_config.image_size)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: the contract, prompts and frames like Hugging Face's, and decodes like those of a pristine model."""
+"""LLaVA-NeXT-Video: the contract, prompts and frames like Hugging Face's, decodes like those of an unmodified model."""
 
 import json
 
@@ -84,10 +84,10 @@ def test_recorded_attention_is_that_of_the_last_layer_whose_output_is_used(monke
     ("settings", "said"),
     [
         ({"crop_size": {"height": 42, "width": 42}}, "frames are 42x42 for the processor, 56x56 for the model"),
-        ({"crop_size": {"height": 56, "width": 42}}, "wanted a shortest_edge, and a square crop that is no larger"),
-        ({"size": {"shortest_edge": 40}}, "wanted a shortest_edge, and a square crop that is no larger"),
-        ({"size": {"height": 56, "width": 56}}, "wanted a shortest_edge"),
-        ({"do_center_crop": False}, "wanted a shortest_edge, and a square crop"),
+        ({"crop_size": {"height": 56, "width": 42}}, "expected a shortest_edge, and a square crop that is no larger"),
+        ({"size": {"shortest_edge": 40}}, "expected a shortest_edge, and a square crop that is no larger"),
+        ({"size": {"height": 56, "width": 56}}, "expected a shortest_edge"),
+        ({"do_center_crop": False}, "expected a shortest_edge, and a square crop"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, said):

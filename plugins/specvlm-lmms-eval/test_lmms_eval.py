@@ -169,7 +169,7 @@ def model_class(monkeypatch):
 
 
 def requests_of(model, scenes, **kwargs):
-    """One request for each scene, as lmms-eval makes them. A scene named twice is one request twice, as of --repeats."""
+    """Make one request for each scene, as lmms-eval does. A scene named twice gives the same request twice."""
     rows = [json.loads(line) for line in (TASKS / "questions.jsonl").read_text().splitlines()]
     sys.path.insert(0, str(TASKS))
     try:
@@ -224,10 +224,10 @@ def test_max_num_frames_limits_files_and_a_failure_names_its_sample(model_class)
         ("ratio=1", "there is no pretrained"),
         ("pretrained=embedded:qwen2_5_vl,drfter=tree", 'there is no "drfter".*Did you mean "drafter"'),
         ("pretrained=embedded:qwen2_5,batch_size=2", 'Did you mean "qwen2_5_vl"'),
-        ("pretrained=x,batch_size=auto", "batch_size=auto: wanted a number of requests"),
-        ("pretrained=x,check=some", "check=some: wanted"),
-        ("pretrained=x,max_num_frames=few", "max_num_frames=few: wanted"),
-        ("pretrained=x,fps=1", "exclude each other"),
+        ("pretrained=x,batch_size=auto", "batch_size=auto: expected a number of requests"),
+        ("pretrained=x,check=some", "check=some: expected"),
+        ("pretrained=x,max_num_frames=few", "max_num_frames=few: expected"),
+        ("pretrained=x,fps=1", "cannot be combined"),
     ],
 )
 def test_bad_model_args_end_the_command_with_one_line(model_class, capsys, text, reason):

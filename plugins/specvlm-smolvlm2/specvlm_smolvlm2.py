@@ -1,4 +1,4 @@
-"""SmolVLM2 for specvlm: each frame is an image behind its time, images are split into tiles; 1-D positions."""
+"""SmolVLM2 for specvlm: each frame is an image after its time, images are split into tiles; 1-D positions."""
 
 import math
 import re
@@ -27,7 +27,7 @@ from specvlm.video.settings import read_video_settings
 from specvlm.video.video import Clip, VideoInfo
 
 PROCESSORS = ("SmolVLM",)
-LANCZOS = 1  # as PIL counts, the way to resize of the released checkpoints
+LANCZOS = 1  # PIL's number; the released checkpoints resize this way
 # Hugging Face's processors resize bicubically where torch has no Lanczos filter.
 MODE = "lanczos" if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa") else "bicubic"
 FPS, FRAMES, SKIPPED_S = 1.0, 64, 1.0  # the first two if a checkpoint sets no numbers; seconds skipped at both ends
@@ -40,7 +40,7 @@ BATCH = 8  # frames resized at a time
 
 @dataclass(frozen=True)
 class SmolVLMVideoConfig:
-    """How frames are resized (their longer side first, then to a square) and normalized; defaults of SmolVLMVideoProcessor."""
+    """How frames are resized (the longer side first, then to a square) and normalized, as in SmolVLMVideoProcessor."""
 
     longest: int = 4 * 364
     side: int = 364
@@ -52,21 +52,24 @@ class SmolVLMVideoConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
-        """Read a model folder. `size` goes before the `video_size` of `video_sampling`, as in SmolVLMVideoProcessor."""
+        """Read a model folder. `size` wins over the `video_size` of `video_sampling`, as in SmolVLMVideoProcessor."""
         found = read_video_settings(folder, PROCESSORS, (LANCZOS,))
         sampling = found.get("video_sampling") or {}
         if not isinstance(sampling, dict):
-            raise UserError(f"{folder}: video_sampling of the video processor is no object of settings")
+            raise UserError(f"{folder}: video_sampling of the video processor is not an object of settings")
         sizes = {"longest": found.get("size") or sampling.get("video_size"), "side": found.get("max_image_size")}
         given = {name: _edge(folder, size) for name, size in sizes.items() if size is not None}
         fps, most = sampling.get("fps", found.get("fps")), sampling.get("max_frames", found.get("num_frames"))
         if (fps is not None and not _positive(fps)) or (most is not None and not (_positive(most) and type(most) is int)):
-            raise UserError(f"{folder}: fps={fps!r} and max_frames={most!r} of the video processor: wanted numbers more than 0")
+            raise UserError(f"{folder}: fps={fps!r} and max_frames={most!r} of the video processor: expected numbers above 0")
         return cls(**given, fps=float(fps or FPS), most=most or FRAMES, **normalization_of(found))
 
 
 class SmolVLM2(VideoLM):
-    """SmolVLM2. Videos are {"pixels": (F, 3, side, side), "times": of frames, "duration": s}, images {"pixels", "rows"}."""
+    """SmolVLM2.
+
+    Videos are {"pixels": (F, 3, side, side), "times": seconds, "duration": seconds}, images {"pixels", "rows"}.
+    """
 
     family = "smolvlm"
     axes = 1
@@ -93,7 +96,7 @@ class SmolVLM2(VideoLM):
     # ---- prompts
 
     def template(self, videos: bool) -> str | None:
-        """Hugging Face's processor replaces the checkpoint's template if there is a video: older ones have no mark for it."""
+        """Return the template of Hugging Face's processor for chats with a video: older ones have no video mark."""
         from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
         return DEFAULT_CHAT_TEMPLATE if videos else None
@@ -201,7 +204,7 @@ class SmolVLM2(VideoLM):
 
     @staticmethod
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
-        """Of several videos, shorter ones are filled up with black frames. A prompt with videos and images is no batch."""
+        """Return the model's inputs. Shorter videos are padded with black frames; beside images, they are not."""
         inputs = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones_like(prompt.tokens[None])}
         if not prompt.items:
             return inputs
@@ -211,11 +214,11 @@ class SmolVLM2(VideoLM):
         return inputs | {"pixel_values": stack, "pixel_attention_mask": mask}
 
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
-        """The text tells frames from tiles: a time stands before each frame, an introduction before each video."""
+        """Invert `hf_inputs`. In the text, a time comes before each frame, and an introduction before each video."""
         tokens_S, given = row_of(inputs, frozenset({"pixel_values", "pixel_attention_mask"})), inputs.get("pixel_values")
         cells, slots_N = self._side**2, (tokens_S == self.image_token).nonzero().flatten()
         tiles = torch.empty(0) if given is None else given.cpu().flatten(0, 1)
-        tiles = tiles[tiles.flatten(1).any(1)] if len(tiles) else tiles  # without what fills up shorter videos
+        tiles = tiles[tiles.flatten(1).any(1)] if len(tiles) else tiles  # without the padding of shorter videos
         if len(slots_N) != cells * len(tiles):
             seen = f"input_ids have {len(slots_N)} slots, pixel_values fill {cells * len(tiles)}"
             raise UserError(f"{seen}: do they belong together?")
@@ -234,7 +237,7 @@ class SmolVLM2(VideoLM):
         return placed(tokens_S, (torch.cat(slots[0]), torch.cat(slots[1])), grids, videos, images)
 
     def _kinds(self, tokens_S: Tensor, runs: Sequence[Tensor]) -> list[str]:
-        """Say of each run whether a video or an image begins with it; "" goes on with the one before."""
+        """Return "video" or "image" for each run that begins one, and "" for a run that continues the one before."""
         found, end, tiled = [], 0, False
         for run_R in runs:
             text = self.tokenizer.decode(tokens_S[end : int(run_R[0])].tolist())
@@ -261,7 +264,7 @@ def frame_numbers(total: int, fps: float, rate: float, most: int) -> list[int]:
 
 
 def longest_to(height: int, width: int, longest: int) -> tuple[int, int]:
-    """Return a (height, width) with `longest` as the longer side and an even shorter one, as SmolVLMVideoProcessor does."""
+    """Return a (height, width) with `longest` as the longer side, the other one even, as in SmolVLMVideoProcessor."""
     longest = min(longest, LARGEST)
     if width >= height:
         other = int(longest / (width / height))
@@ -274,7 +277,7 @@ def _edge(folder: Path, size: Any) -> int:
     """Return the longest edge of a size. Raises UserError if it has another form."""
     edge = size.get("longest_edge") if isinstance(size, dict) else None
     if type(edge) is not int or not 1 <= edge <= LARGEST:
-        raise UserError(f"{folder}: size={size!r} of the video processor: wanted a longest_edge from 1 to {LARGEST}")
+        raise UserError(f"{folder}: size={size!r} of the video processor: expected a longest_edge from 1 to {LARGEST}")
     return edge
 
 

@@ -33,7 +33,7 @@ def test_it_keeps_the_contract():
 
 
 def test_prompts_equal_those_of_hugging_faces_processor():
-    """Of videos of unlike lengths, it counts the black frames that fill up the shorter one; we say how many there are."""
+    """For videos of different lengths, it counts the black frames that pad the shorter one; ours counts real frames."""
     assert checks.unlike_the_processor(FAMILY) == (12 + 6, ["unlike videos: ids"])
 
 
@@ -122,9 +122,9 @@ def test_frames_are_resized_to_the_processors_sizes():
     [
         ({"max_image_size": {"longest_edge": 64}}, "frames are 64x64 for the processor, 56x56 for the model"),
         ({"resample": 3}, "resample=3, which is not Lanczos"),
-        ({"size": {"height": 9, "width": 9}}, "wanted a longest_edge"),
-        ({"video_sampling": {"fps": 0, "max_frames": 4}}, "wanted numbers more than 0"),
-        ({"video_sampling": 7}, "video_sampling of the video processor is no object of settings"),
+        ({"size": {"height": 9, "width": 9}}, "expected a longest_edge"),
+        ({"video_sampling": {"fps": 0, "max_frames": 4}}, "expected numbers above 0"),
+        ({"video_sampling": 7}, "video_sampling of the video processor is not an object of settings"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, monkeypatch, settings, said):

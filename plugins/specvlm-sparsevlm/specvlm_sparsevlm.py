@@ -55,7 +55,7 @@ class SparseVLMPruner(Pruner):
     def __post_init__(self) -> None:
         if not self.layers or len(self.layers) != len(self.schedule) or min(self.layers) < 0:
             raise ValueError(
-                f"sparsevlm: layers={self.layers} and schedule={self.schedule}: wanted one share a layer from 0 on"
+                f"sparsevlm: layers={self.layers} and schedule={self.schedule}: expected one share a layer from 0 on"
             )
         if not 0 < self.schedule[-1] <= min(self.schedule):
             raise ValueError(f"schedule={self.schedule}: tokens of each stage, above 0 and none below the last")

@@ -1,4 +1,4 @@
-"""VideoLLaMA 3 for specvlm: frames of any size behind their times, near-equal patches left out; 1-D positions."""
+"""VideoLLaMA 3 for specvlm: frames of any size after their times, near-equal patches left out; 1-D positions."""
 
 import math
 from collections.abc import Mapping
@@ -34,11 +34,13 @@ class VideoLlama3VideoConfig(QwenVideoConfig):
 
 
 class VideoLlama3(VideoLM):
-    """VideoLLaMA 3. Videos are {"pixels": (F, patches, 588), "thw", "merge", "kept": (F * P,), "times": seconds of frames}.
+    """VideoLLaMA 3.
 
-    If the processor leaves patches out, frames have unequal numbers of tokens, which no grid describes. Such a video is a
-    grid of one row, (1, 1, tokens); all its frames are encoded, whatever a draft keeps. Any other is (frames, height,
-    width) as usual.
+    Videos are {"pixels": (F, patches, 588), "thw", "merge", "kept": (F * P,), "times": seconds of frames}.
+
+    If the processor leaves patches out, frames have unequal numbers of tokens, which no grid describes. The grid of
+    such a video is one row, (1, 1, tokens); all its frames are encoded, whatever a draft keeps. Other videos have the
+    usual grid (frames, height, width).
     """
 
     family = "video_llama_3"
@@ -159,7 +161,7 @@ class VideoLlama3(VideoLM):
         return inputs
 
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
-        """The times of frames are in the text alone; here they are counted."""
+        """Invert `hf_inputs`. Times of frames are only in the text, so frames are counted instead."""
         made = {f"{kind}_{name}" for kind in ("image", "video") for name in ("grid_thw", "merge_sizes")}
         tokens_S = row_of(inputs, frozenset({"pixel_values", "pixel_values_videos", "video_compression_mask", *made}))
         videos, grids = self._parts(inputs, "pixel_values_videos", "video"), []
@@ -192,7 +194,7 @@ def starts(total: int, count: int) -> list[int]:
 
 
 def changed(pixels_FPC: Tensor, merge: int) -> Tensor:
-    """(tokens,) which differ from the same token one frame earlier; a frame keeps its first one at least."""
+    """(tokens,) True for tokens that differ from those one frame earlier. A frame keeps at least its first token."""
     pixels_FNC = pixels_FPC.unflatten(1, (-1, merge**2)).flatten(2)
     kept_FN = torch.ones(pixels_FNC.shape[:2], dtype=torch.bool)
     kept_FN[1:] = (pixels_FNC[1:] - pixels_FNC[:-1]).abs().mean(-1) * 255 > THRESHOLD

@@ -1,4 +1,4 @@
-"""`python -m specvlm.advise`: profile this machine, say if speculation pays.
+"""`python -m specvlm.advise`: profile this machine and say if speculation pays.
 
 Takes the overrides of a run, such as pair=… video=…, and the keys below.
 Exit codes are those of a run.
@@ -183,14 +183,14 @@ def measure(
 
 
 def ends(ratios: Sequence[float]) -> list[float]:
-    """The ratios to predict for several requests: the lowest, and that nearest to 0.9."""
+    """Choose the ratios to predict for several requests: the lowest, and the one nearest to 0.9."""
     return sorted({min(ratios), min(ratios, key=lambda ratio: abs(ratio - 0.9))})
 
 
 def crowded(
     screen: RunConsole, costs: Costs, wishes: Wishes, known: Known, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]
 ) -> None:
-    """Show what several requests at once would take, if asked for."""
+    """Show the predicted times of several requests at once, if asked for."""
     if wishes.requests == 1 or "tree" not in trees:
         return
     shapes, ratios = trees["tree"]

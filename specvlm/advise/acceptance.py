@@ -1,6 +1,6 @@
 """Predict how many guesses of a tree the target accepts: replay measured ranks, or assume chances.
 
-Shape suffixes: K kept slots of the prompt, D hidden size, A rotary axes, Q tokens of the answer but one, V vocabulary.
+Shape suffixes: K kept slots of the prompt, D hidden size, A rotary axes, Q tokens of the answer less one, V vocabulary.
 """
 
 import os
@@ -61,7 +61,7 @@ class Chances:
 
     Attributes:
         first: Chance that the drafter's best guess at depth 1, 2, 3 … is right if those above it are. The last value
-            holds for all greater depths. Guesses of lower rank share the remaining chance, as SPREAD says.
+            holds for all greater depths. Guesses of lower rank share the remaining chance, according to SPREAD.
         source: Where the chances come from, for the table.
     """
 
@@ -123,7 +123,7 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 def of_words(text: str) -> Known:
     """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
 
-    Raises UserError if it is none of these, or a run cannot be used.
+    Raises UserError for anything else, or if a run cannot be used.
     """
     known: Known = {}
     for word in filter(None, (w.strip() for w in text.split(","))):

@@ -147,7 +147,7 @@ class Costs:
             found.check()
             return found
         except (OSError, ValueError) as error:
-            raise UserError(f"costs={path} is no costs.json of an earlier profile ({message(error)})") from None
+            raise UserError(f"costs={path} is not a costs.json of an earlier profile ({message(error)})") from None
 
     def check(self) -> None:
         """Raise ValueError if a tree shape is invalid, there are no starts, or a drafter has a start but no timing."""

@@ -1,4 +1,4 @@
-"""Measure what a further question about a video costs."""
+"""Measure the cost of another question about the same video."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from specvlm.types import VideoPrompt
 
 
 def further(graph: DecodingGraph, prompt: VideoPrompt) -> list[str]:
-    """Measure the first token of another question about the same video, in one line; no line if nothing can be kept."""
+    """Measure the time to first token of another question, as one line of text. Returns no line if nothing is kept."""
     if not prompt.cut or prompt.text != prompt.cut:
         return []
     graph, tail = replace(graph, prefixes=PrefixStore(2**62)), prompt.tokens[prompt.cut :]
     firsts = []
-    for tokens in (tail, tail.flip(0), tail.roll(1)):  # the second one warms up what only a later question needs
+    for tokens in (tail, tail.flip(0), tail.roll(1)):  # the second one warms up code that only a later question runs
         asked = replace(prompt, tokens=torch.cat([prompt.tokens[: prompt.cut], tokens]))
         (step,) = graph.decode(asked, 1)
         firsts.append(metrics.speed_of([step])["time_to_first_token_s"])

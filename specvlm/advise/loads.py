@@ -1,4 +1,4 @@
-"""Predict the times of several requests at once, from rounds that were measured with some numbers of them."""
+"""Predict the times of several requests at once, from rounds measured with some numbers of requests."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ROUNDS, WARM = 10, 3  # of a measurement
 
 @dataclass(frozen=True)
 class Load:
-    """Predicted times of a number of requests at once.
+    """Predicted times of several requests at once.
 
     Attributes:
-        requests: Their number.
+        requests: Number of requests.
         ratio: Share of the video tokens to drop; None for the target alone.
-        shape: The tree of most tokens per second; empty for the target alone.
+        shape: The tree that gives the most tokens per second; empty for the target alone.
         token_ms: Milliseconds per token of one request.
     """
 
@@ -51,7 +51,7 @@ class Load:
 
 
 def prices_of(shared: Sequence[RoundCost], ratio: float) -> Prices:
-    """Fit the costs of rounds without a draft, and of those at the ratio nearest to this one."""
+    """Fit the costs of rounds without a draft and of rounds at the nearest measured ratio."""
     nearest = min((one.ratio for one in shared if one.passes), key=lambda at: abs(at - ratio), default=ratio)
     return Prices(one for one in shared if not one.passes or one.ratio == nearest)
 
@@ -89,14 +89,14 @@ def verdict(found: Sequence[Load]) -> str:
         but = [str(count) for count in slow]
         return f"{told}, but not at {', '.join(but)}." if but else f"{told}."
     return (
-        f"Do not speculate from {ends} requests at once on."
+        f"Do not speculate with {ends} or more requests at once."
         if ends > 1
-        else "Do not speculate, whatever the number of requests."
+        else "Do not speculate, for any number of requests."
     )
 
 
 def measure(graph: DecodingGraph, prompt: VideoPrompt, ratios: Sequence[float], most: int) -> Iterator[RoundCost]:
-    """Measure rounds of several equal requests: by the target alone, and with `tree`. Counts that do not fit are left out."""
+    """Measure rounds of several equal requests, by the target alone and with `tree`. Skips counts that do not fit."""
     options = replace(graph.options, max_new_tokens=(ROUNDS + WARM + 2) * 7, stop_ids=frozenset(), stop=(), record=False)
     models = [model for model in (graph.target, graph.draft) if model is not None]
     widest = _with(graph, PROBES[-1])
@@ -131,7 +131,7 @@ def _timed(graph: DecodingGraph, works: Sequence[Decoding]) -> tuple[float, floa
                 draft_s = min(step.times_s.get("draft", 0.0) for step in steps)
                 rounds.append((1000 * draft_s, 1000 * (perf_counter() - before - draft_s)))
     finally:
-        for ticket in reversed(tickets):  # the pool gives the last cache first: each request gets its own again
+        for ticket in reversed(tickets):  # the pool returns the last cache first, so that each request gets its own again
             scheduler.cancel(ticket)
     kept = rounds[WARM + 1 :]
     return median(draft for draft, _ in kept), median(check for _, check in kept)

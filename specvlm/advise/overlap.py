@@ -1,4 +1,4 @@
-"""Predict rounds of `overlap`, whose draft works during the check, from the costs of drafting and checking apart."""
+"""Predict rounds of `overlap`, whose draft works during the check, from separate costs of drafting and checking."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specvlm.advise.advice import Candidate
 from specvlm.types import TreeShape
 
 CORRECTIONS = 2  # as the drafter's default
-GUESSED = 0.75  # share of hits where no ranks were measured: the lower one of the embedded pairs
+GUESSED = 0.75  # share of hits if no ranks were measured: the lower of the two embedded pairs' shares
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Overlapped:
         return self.draft_pass * (max(1.0, self.check / self.alone) if self.alone else 1.0)
 
     def outcome_ms(self, levels: int, first: int | None) -> float:
-        """Predict a round whose tree's outcome came true or not.
+        """Predict the time of a round, given whether the outcome of the check was guessed.
 
         Args:
-            levels: Levels of the tree, a draft pass each.
-            first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not guessed.
+            levels: Levels of the tree, with one draft pass each.
+            first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not
+                guessed.
         """
         # A pass that runs when the verdict arrives is waited for; all of them are levels + 1.
         passes = min(levels + 1, max(1, ceil(self.check / self.pass_ahead)))
@@ -53,7 +54,7 @@ class Overlapped:
         return max((levels + full) * self.draft_pass, self.check)
 
     def round_ms(self, levels: int, hits: float, full: float) -> float:
-        """Predict the mean round.
+        """Predict the mean time of a round.
 
         Args:
             levels: Levels of the tree.

@@ -17,7 +17,7 @@ FASTEST = 8  # candidates shown, besides the fastest of each drafter and ratio
 def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: int) -> None:
     """Print the target alone, then the fastest candidates and the fastest of each drafter and ratio, by ms per token.
 
-    tokens: length of the answer for the times end to end.
+    tokens: length of the answer for the end-to-end times.
     """
     ranked = sorted(found, key=lambda c: c.token_ms)
     firsts = {(c.drafter, c.ratio): c for c in reversed(ranked)}.values()
@@ -53,7 +53,7 @@ def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    """Print predicted beside measured times and acceptance of the checked candidates. checked: from `check`."""
+    """Print predicted and measured times and acceptance of the checked candidates. checked: from `check`."""
     names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (

@@ -1,4 +1,4 @@
-"""The adviser's own options, checked."""
+"""Parse and check the adviser's own options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = {
     "drafters": "the drafters to consider, such as tree,dynamic_tree (all that are installed)",
     "tokens": "most new tokens per decode (128)",
     "check": "true: decode with the recommended configuration and two others, and compare with the prediction (false)",
-    "requests": "also predict up to so many requests at once, 1 to 16; those that fit are measured (1)",
+    "requests": "also predict up to this many requests at once, 1 to 16; those that fit are measured (1)",
     "costs": "the costs.json of an earlier profile, instead of a new profile; needs acceptance=",
 }
 TREES = ("tree", "self")  # fixed shapes: predicted from a few measured trees; other drafters are measured as they are
@@ -35,9 +35,9 @@ REQUESTS = Within(1, 16)  # of requests=…
 
 @dataclass(frozen=True)
 class Wishes:
-    """The adviser's own options (OWN), checked.
+    """Checked values of the adviser's own options (OWN).
 
-    known: Acceptance by drafter and ratio; empty: measure it. costs: of an earlier profile; None: measure them.
+    known: Acceptance by drafter and ratio; empty: measure it. costs: Those of an earlier profile; None: measure them.
     """
 
     drafters: tuple[str, ...]
@@ -76,7 +76,7 @@ class Wishes:
         return cls(tuple(names), known, tokens, check == "true", costs, requests)
 
     def trees(self, cfg: RunConfig) -> dict[str, tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Shapes and ratios to predict, for each wished drafter of TREES. Those of `tree` include the run's own."""
+        """Shapes and ratios to predict, for each requested drafter of TREES. `tree` includes the run's own shape."""
         ratios = sorted({*RATIOS, float(cfg.ratio)})
         if self.known:  # ratio 1: do not assume that a drafter without video guesses as well
             ratios = [ratio for ratio in ratios if ratio < 1 or any(at == 1 for _, at in self.known)]
@@ -91,7 +91,7 @@ class Wishes:
         return {name: every[name] for name in self.drafters if name in TREES}
 
     def others(self, cfg: RunConfig) -> list[Drafter]:
-        """Build the wished drafters that are not in TREES: the run's own as configured, others with their defaults.
+        """Build the requested drafters that are not in TREES: the run's own as configured, others with their defaults.
 
         Without `draft.device`, `overlap` drafts as `tree` does.
         """
@@ -100,7 +100,7 @@ class Wishes:
 
 
 def whole(own: dict[str, str], key: str, default: str, bounds: Within) -> int:
-    """Read a whole number. Raises UserError if it is none within the bounds."""
+    """Read a whole number. Raises UserError if it is not one, or out of bounds."""
     value = own.get(key, default)
     if not (re.fullmatch("[0-9]{1,9}", value) and int(value) in bounds):
         raise UserError(f"{key}={value}: expected a whole number from {bounds.low}, {bounds.most}")

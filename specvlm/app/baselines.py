@@ -119,18 +119,18 @@ def _check(found: KeptBaseline, key: str, graph: DecodingGraph, most: int) -> No
     """Raise UserError if a file's content cannot be what `get` wrote under this key. most: limit on the tokens."""
     tokens, stop_ids = found["tokens"], graph.target.stop_ids
     if found["key"] != key:
-        raise UserError("its key is another one")
+        raise UserError("its key does not match")
     if digest_of(found) != found["digest"]:
-        raise UserError("it was changed since it was written")
+        raise UserError("it has changed since it was written")
     ended = bool(tokens) and (len(tokens) == most or tokens[-1] in stop_ids)
     if not ended or len(tokens) > most or stop_ids & set(tokens[:-1]) or max(tokens) >= graph.target.vocabulary:
         raise UserError("its tokens cannot be an answer of this target")
     if not sum(found["times_s"].values()) > 0:
-        raise UserError("its times add up to nothing")
+        raise UserError("its times sum to zero")
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all fields but the digest."""
+    """SHA-256 of all fields except the digest."""
     plain = json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True)
     return sha256(plain.encode()).hexdigest()
 
@@ -172,7 +172,7 @@ def inputs(request: Prepared, graph: DecodingGraph, weights: int) -> dict[str, A
     }
 
 
-# Modules of decoding/ that a target's own answer goes through.
+# Modules of decoding/ that produce the target's own answer.
 DECODING = ("loop", "output", "prefill", "prefixes", "prefix_entries", "prefix_keys", "scheduler", "shelf", "slices", "text",
             "ticket")  # fmt: skip
 
@@ -191,7 +191,7 @@ def revision() -> str:
 
 
 def digest(prompt: VideoPrompt) -> str:
-    """Hash of the prompt's tokens and pixels, and of which slots are those of videos and of images."""
+    """Hash of the prompt's tokens and pixels, and of which slots hold videos and images."""
     found = sha256()
 
     def add(value: Any) -> None:
@@ -219,7 +219,7 @@ def fingerprint(folder: Path) -> str:
 
 @cache
 def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash the files of a checkpoint. Computed anew if the size or the time of a file changes."""
+    """Hash the files of a checkpoint. Computed again if the size or the time of a file changes."""
     found = sha256()
     for path, size, _ in files:
         found.update(f"{path.name} {size}".encode())
@@ -248,7 +248,7 @@ def _spans(header: bytes) -> list[tuple[int, int]]:
 def machine(device: torch.device) -> str:
     """Model name of a GPU or CPU: times on devices of the same model are comparable.
 
-    Where the system does not tell the CPU's model, the name is its architecture.
+    If the system does not report the CPU's model, the name is its architecture.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

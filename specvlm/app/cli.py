@@ -23,7 +23,7 @@ def guarded(action: Callable[[], int], full: bool | None = None) -> int:
 
     Args:
         action: Returns an exit code.
-        full: Print tracebacks of user errors too. None: if HYDRA_FULL_ERROR=1 asks for them.
+        full: Print tracebacks of user errors too. None: only if HYDRA_FULL_ERROR=1 is set.
     """
     full = full_errors() if full is None else full
     for stream in (sys.stdout, sys.stderr):
@@ -65,7 +65,7 @@ def tell(err: Exception, full: bool) -> int:
     """Report an error on stderr and return its exit code.
 
     Rank 0 reports a UserError or OSError in one line, after its traceback if `full` is set. A broken pipe is not
-    reported, and a JobFailed was reported before. Any other error is a fault, and its traceback is printed.
+    reported, and a JobFailed was reported before. Any other error is a bug, and its traceback is printed.
     """
     if isinstance(err, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's exit would fail to flush stdout
@@ -82,13 +82,13 @@ def tell(err: Exception, full: bool) -> int:
         return err.code
     traceback.print_exception(err)
     if not torchrun.rank_here():
-        print("specvlm: this is a fault of specvlm or of a plugin, not of the command line", file=sys.stderr)
+        print("specvlm: this is a bug in specvlm or in a plugin, not a mistake on the command line", file=sys.stderr)
     return ExitCode.FAULT
 
 
 def refuse(message: str) -> NoReturn:
     """Raise UserError. Replaces `ArgumentParser.error`, which would print the usage and exit."""
-    raise UserError(f"{message}; --help shows what there is")
+    raise UserError(f"{message}; --help lists what is accepted")
 
 
 def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Callable[[Namespace], Sequence[str]]) -> int:

@@ -231,7 +231,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
     """Return a composed configuration without Hydra's own part. Raises UserError if a key or value is wrong."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
-            raise UserError(f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
+            raise UserError(f'there is no key "{key}"; choose from {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
     for key in config.KEYS:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             raise UserError(f"{key} has no value: give {key}=…")
@@ -252,12 +252,12 @@ def frozen(cfg: DictConfig) -> RunConfig:
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
-    """Raise UserError if an override sets `video` or `question` beside a data set. Their defaults do not count."""
+    """Raise UserError if an override sets `video` or `question` although there is a data set. Defaults do not count."""
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if key in OWN_SAMPLE:
             how = f"leave {key} out, or use your own with dataset=folder dataset.root=FOLDER"
-            raise UserError(f"{word} does not go with dataset={dataset}, which brings its own videos and questions: {how}")
+            raise UserError(f"{word} does not go with dataset={dataset}, which has its own videos and questions: {how}")
 
 
 def _refuse_shared(found: Sequence[Job]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPEEDUPS = (("decode", "speedup_decode"), ("end to end", "speedup_end_to_end"))
 MOST_REASONS = 5  # most failures shown per job; summary.json has all
-# By the beginning of a verdict.
+# Colour of a verdict, by how it begins.
 COLOURS = {"identical": "green", "numeric tie": "yellow", "tie": "yellow", "MISMATCH": "bold red"}
 
 
@@ -96,7 +96,7 @@ class RunConsole:
             say(styled(("quantised:", "dim"), f" {quantised} (text layers and head)"))
         say(styled(("drafter:", "dim"), f" {described(request.drafter)}"))
         if request.drafter.model is None:
-            say(styled(("pruner:", "dim"), " not used, this drafter looks at no video"))
+            say(styled(("pruner:", "dim"), " not used, since this drafter does not look at the video"))
             return
         total = len(request.prompt.video_index)
         share = f"drops {1 - request.kept / max(total, 1):.0%}: keeps {request.kept} of {total} video tokens"
@@ -157,10 +157,10 @@ class RunConsole:
         self.written(folder)
 
     def checked(self, found: Mapping[str, Any], label: str = "") -> None:
-        """Print the verdict of `check=…`. found: the row of a sample, or the summary of a run; label: of the job."""
+        """Print the verdict of `check=…`. found: the row of a sample, or the summary of a run; label: the job's."""
         whose = f"{found['sample']} {label}".strip() + " " if "sample" in found else ""
         self.console.print(
-            styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded anew")
+            styled((f"check: {whose}", "dim"), coloured(found["hf_check"]), " by Hugging Face's own model, loaded separately")
         )
 
     def written(self, folder: Path) -> None:
@@ -173,7 +173,7 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. label: of the job; count: such as "3/10"; left: what `left` returns."""
+        """Print one line for a finished sample. label: the job's label; count: such as "3/10"; left: from `left`."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 
@@ -204,7 +204,7 @@ class RunConsole:
             self.console.print(styled((f"all: {common}", "dim")))
         if folder is not None:
             self.written(folder)
-        self.note(go_on and f"interrupted; repeat the command with {go_on} to go on")
+        self.note(go_on and f"interrupted; repeat the command with {go_on} to continue")
 
     def _table(self, rows: Sequence[Sequence[str | Text]]) -> None:
         """Print the table of a sweep, without empty columns.
@@ -250,7 +250,7 @@ def outcome(row: Mapping[str, Any]) -> tuple[str | tuple[str, str], ...]:
 
 
 def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
-    """Yield the cells of a job's line in the table, from its summary.json: one for each of COLUMNS but the name."""
+    """Yield the cells of a job's line in the table, from its summary.json: one for each of COLUMNS except the name."""
     yield f"{found['ok']}/{found['samples']}"
     for _, key, shown in NUMBERS:
         yield "-" if found.get(key) is None else shown(found[key])  # older summaries lack some keys
@@ -265,7 +265,7 @@ def totals(found: Mapping[str, Any]) -> Iterator[str | Text]:
 
 
 def scored(name: str, total: Mapping[str, Any]) -> str:
-    """Format a job's score, such as `accuracy 0.625`; with the target's own if that is another."""
+    """Format a job's score, such as `accuracy 0.625`, and the target's own score if it differs."""
     alone = total.get("baseline")
     beside = "" if alone is None or alone == total["mean"] else f" (target {alone:.3f})"
     return f"{name} {total['mean']:.3f}{beside}"

@@ -63,7 +63,7 @@ def _unknown_key(full_key: str, owner: Any) -> str:
         infos = ((kind, info) for kind, by_name in registry.collect().items() for info in by_name.values())
         deeper = [f"{kind}.{key}" for kind, info in infos if key == "name" or key in {f.name for f in info.fields}]
         hint = did_you_mean(key, config.NAMES) or (f' Did you mean "{deeper[0]}"?' if deeper else "")
-        return f'there is no key "{key}"; there is {", ".join(config.NAMES)}.{hint}'
+        return f'there is no key "{key}"; choose from {", ".join(config.NAMES)}.{hint}'
     names = [f.name for f in fields(owner)] if is_dataclass(owner) else []
     whose = f'{parent} "{owner.name}"' if parent in registry.KINDS and "name" in names else parent
     there = [name for name in names if name != "name" or parent not in registry.KINDS]

@@ -45,7 +45,7 @@ specvlm: lossless speculative decoding for video LLMs
   specvlm -m 'pruner=glob(*)' ratio=0.5,0.9         every pruner there is
   specvlm verifier=sampling verifier.temperature=0.7
 
-A broken plugin: SPECVLM_PLUGIN_TRACEBACK=1 shows where.
+SPECVLM_PLUGIN_TRACEBACK=1 shows where a plugin fails.
 """
 
 
@@ -78,7 +78,7 @@ def whole() -> Iterator[tuple[str, Entries]]:
     for kind, what in KINDS.items():
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
     if plugins := sorted({f"{point.dist.name} {point.dist.version}" for point in entry_points(group="specvlm") if point.dist}):
-        yield f"Plugins, which bring more of these (--help {' '.join(KINDS)})", [(plugin, "") for plugin in plugins]
+        yield f"Plugins, which add more of these (--help {' '.join(KINDS)})", [(plugin, "") for plugin in plugins]
     yield "Model families, by model_type of target.path and draft.path", _families()
     yield from chain.from_iterable(map(on, OTHERS))
     yield from _keys().items()

@@ -1,7 +1,7 @@
 """Check an answer with Hugging Face's own model, which shares only its inputs (token ids, pixels) with our decoding.
 
 The verdict of a run compares two of our loops over one target. It cannot detect a fault that both share: in
-positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint anew with
+positions, attention, features, prompt embedding or stop ids. So this check loads the checkpoint again with
 transformers' own class and attention; features, merging, rotary positions, masks, penalty and stop ids are Hugging
 Face's.
 
@@ -72,14 +72,14 @@ class Agreement:
 
     Attributes:
         differences: Tokens that are not the argmax, in order.
-        fault: (token index, reason) of a fault that logits cannot excuse, such as an end in the wrong place.
+        fault: (token index, reason) of a fault that rounding cannot explain, such as an end in the wrong place.
     """
 
     differences: tuple[Difference, ...] = ()
     fault: tuple[int, str] | None = None
 
     def __str__(self) -> str:
-        faults = [(wrong.token, self._told(wrong)) for wrong in self.differences if not wrong.explained]
+        faults = [(wrong.token, self._describe(wrong)) for wrong in self.differences if not wrong.explained]
         if first := min([*faults, *([self.fault] if self.fault else [])], default=None):
             return f"MISMATCH at token {first[0]}: {first[1]}"
         if self.differences:
@@ -87,10 +87,10 @@ class Agreement:
             return f"tie at token {first_tie.token} (gap {first_tie.gap:.2g})" + (f", and {more} more" if more else "")
         return "identical"
 
-    def _told(self, wrong: Difference) -> str:
+    def _describe(self, wrong: Difference) -> str:
         """Describe a difference that rounding does not explain."""
         others = len(self.differences) - 1
-        said = f"Hugging Face's model prefers another by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
+        said = f"Hugging Face's model prefers another token by {wrong.gap:.2g}, rounding explains {wrong.rounding:.2g}"
         return said + (f" ({others} more tokens differ)" if others else "")
 
 
@@ -130,12 +130,12 @@ class ReferenceModel:
         """Check that each token is the model's argmax given those before it, and that the output ends where it should.
 
         Costs one pass over prompt and output, and one more if a token differs. With `generate`, costs one pass per
-        token, and those two if a token differs.
+        token, and two more if a token differs.
 
         Args:
             prompt: Only its token ids and the vision inputs of its videos and images are read.
             output: Token ids, including the stop id.
-            limit: Maximum number of new tokens that was asked for.
+            limit: Maximum number of new tokens that was requested.
             penalty: Repetition penalty; None: that of the checkpoint's generation config.
             generate: Compare with the output of Hugging Face's `generate`, which uses its own cache.
 
@@ -157,7 +157,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmaxes of one pass over prompt and output. known: the first ones, if known."""
+        """Compare the output with the argmaxes of a pass over prompt and output. known: the first argmaxes, if any."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
@@ -183,7 +183,7 @@ class ReferenceModel:
         """Check that the output ends at its first stop token, or at the limit. Returns a fault or None."""
         stopped = next((at for at, token in enumerate(output) if token in self.stop_ids), None)
         if stopped is not None and stopped + 1 < len(output):
-            return stopped + 1, f"the answer goes on behind stop token {output[stopped]}"
+            return stopped + 1, f"the answer continues after stop token {output[stopped]}"
         if stopped is None and len(output) != limit:
             said = f"the answer ends at {len(output)} tokens, without a stop token, and {limit} were asked for"
             return len(output), said
@@ -199,7 +199,7 @@ class ReferenceModel:
     def _logits(self, prompt: VideoPrompt, output: Sequence[int], perturbed: bool = False) -> Tensor:
         """Logits (T, V) before each token of the output, from one pass. perturbed: see `perturbation`.
 
-        The last ones are taken, since some models' forward computes those of the whole prompt in any case.
+        Takes the last rows of the result, since some models compute the logits of the whole prompt in any case.
         """
         inputs = self._inputs(prompt, output[:-1]) | last_logits(self.hf, len(output))
         with perturbation(self.hf) if perturbed else nullcontext():
@@ -259,7 +259,7 @@ def room(setup: Setup) -> Iterator[None]:
 
 
 def result_keys(found: Agreement, tokenizer: Any) -> dict[str, Any]:
-    """Format a result as hf_check and hf_difference (see `metrics.KEYS`); of the latter, the first MOST differences."""
+    """Format a result as hf_check and hf_difference (see `metrics.KEYS`), at most MOST differences."""
     wrong = [
         asdict(part) | {"candidate_texts": [tokenizer.decode([token]) for token in part.candidates]}
         for part in found.differences[:MOST]

@@ -42,7 +42,7 @@ class Job:
     be loaded, and under torchrun also an error while decoding.
 
     folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
-    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: None for no mirror.
+    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: mirror, or None.
     """
 
     quiet = True  # no progress bars, since several jobs share the screen
@@ -71,7 +71,7 @@ class Job:
         self._rounds: list[dict[str, Any]] = []  # rounds of the last sample
 
     def start(self) -> None:
-        """Check all that needs no weights, open the folder, find the samples to do. Raises UserError if that fails."""
+        """Check everything that needs no weights, open the folder and find the samples to answer. Raises UserError."""
         cfg = self.cfg
         self.setup = set_up(cfg, places_of(cfg))
         self.dataset: Dataset = registry.build("dataset", cfg.dataset)
@@ -137,7 +137,7 @@ class Job:
         return partial(read, self.setup, self.samples[index], self.held.videos)
 
     def close(self) -> int:
-        """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK without any."""
+        """Write the totals and release the folder. Returns the worst exit code of this shard's rows, OK if none."""
         if self.rows is None:
             return ExitCode.OK
         self.rows.close()
@@ -152,7 +152,7 @@ class Job:
         return code
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """Give the job up and return its summary. Writes it if the job has not started and its folder has no rows."""
+        """Abandon the job and return its summary. Writes it if the job has not started and its folder has no rows."""
         self.failure, self.todo = one_line(error), []
         found = {"status": "failed", "reason": self.failure, "dataset": self.cfg.dataset.name}
         if self.rows is None and self.folder and not is_job(self.folder):
@@ -291,7 +291,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Part of a warm-up's key: what decodes. A plugin may depend on anything, so its job shares no warm-up."""
+        """Part of a warm-up's key: what decodes. A job with a plugin shares no warm-up: it may depend on anything."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -311,7 +311,7 @@ class Job:
             return self.baselines.get(request, graph, weights, lambda: self._alone(request, graph, record))
 
     def _row(self, index: int, status: str, reason: str | None) -> dict[str, Any]:
-        """Build a row with every key but `order`; metrics are None."""
+        """Build a row with all keys except `order`; metrics are None."""
         sample, dataset = self.samples[index], self.dataset
         asked = {"question": sample.question, "options": sample.options, "answer": sample.answer, "meta": writable_meta(sample)}
         with inside(dataset):
@@ -320,7 +320,7 @@ class Job:
         return {"sample": sample.id, "index": index, **of, "status": status, "reason": reason, **asked, **figures}
 
     def _reason(self, error: BaseException, sample: Sample) -> str:
-        """Return the reason of a failed sample for its row. Prints the traceback of a fault, once per reason."""
+        """Return the reason of a failed sample for its row. Prints the traceback of a bug, once per reason."""
         reason = one_line(error)
         if not isinstance(error, UserError) and reason not in self._told:
             self._told.add(reason)

@@ -29,7 +29,7 @@ def _subdir(*, _root_: DictConfig) -> str:
 
 
 def folder_name(words: Sequence[str]) -> str:
-    """Make a folder name of the overrides that change results.
+    """Make a folder name from the overrides that change results.
 
     Unusual characters are replaced and a long name is cut; such a name ends in a checksum.
     """

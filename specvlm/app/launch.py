@@ -37,7 +37,7 @@ class Call:
 
     Args:
         folder: Folder of the run or the sweep.
-        key: Key that would set this folder, named in a message; empty if the user did set it.
+        key: Key that would set this folder, named in a message; empty if the user set it.
         guarded: Calls a function and turns its errors into an exit code.
         tell: Reports an error and returns its exit code.
     """
@@ -86,7 +86,7 @@ class Call:
 
         Args:
             sampled: Whether the job has a data set.
-            fail_fast: Whether to skip the job if an earlier one had another exit code than 0.
+            fail_fast: Whether to skip the job if an earlier one had a non-zero exit code.
             asked: Returns the checked configuration.
 
         Raises:
@@ -134,7 +134,7 @@ class Call:
         """Call `action`, which starts the jobs, then finish the sweep. Returns the worst exit code.
 
         A JobFailed becomes an exit code here if jobs are registered, and so does a CannotWrite if an output is wrong:
-        then the code must be MISMATCH. Other errors are raised, that of a full disk as a UserError.
+        then the code must be MISMATCH. Other errors are raised; a full disk becomes a UserError.
         """
         try:
             action()

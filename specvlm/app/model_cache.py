@@ -95,7 +95,7 @@ class ModelCache:
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE, owner: object = None) -> DecodingGraph:
         """Build the graph of a request, loading the models that are not held.
 
-        owner: The job. What another one has kept of prompts is dropped, since it would make this one faster.
+        owner: The job. Prompts that another job has kept are dropped, since they would make this one faster.
 
         If only rank 0 holds the draft, it is a skeleton (a model without weights) on the other ranks.
         """
@@ -124,7 +124,7 @@ class ModelCache:
         return DecodingGraph(target, draft, *strategies, request.options, request.vocabulary, self.caches, engine, kept)
 
     def _kept(self, size: int, devices: Sequence[torch.device], owner: object) -> PrefixStore | None:
-        """Return what is kept of prompts, within `size` bytes; None if nothing is."""
+        """Return the store of kept prompts, limited to `size` bytes; None if prompts are not kept."""
         if owner is not self.owner or self.prefixes is None:
             self.prefixes, self.owner = PrefixStore(size, host_bytes(devices)), owner
         self.prefixes.resize(size)

@@ -30,7 +30,7 @@ def places_of(cfg: RunConfig) -> Placement:
 
 
 def _split(device: torch.device, draft: torch.device | None) -> Placement:
-    """Placement for target.parallel=layers: the target on all GPUs but draft.device.
+    """Placement for target.parallel=layers: the target on all GPUs except draft.device.
 
     Raises UserError if these are fewer than two.
     """
@@ -47,7 +47,7 @@ def _split(device: torch.device, draft: torch.device | None) -> Placement:
 def _shared(device: torch.device, draft: torch.device | None, draft_shared: bool) -> Placement:
     """Placement for target.parallel=tensor: a GPU per rank, or the CPU if no GPU is visible.
 
-    Raises UserError if there are fewer than two ranks, too few GPUs, or the draft's device is a rank's.
+    Raises UserError if there are fewer than two ranks, too few GPUs, or the draft's device belongs to a rank.
     """
     ranks = torchrun.size_here()
     if ranks < 2:

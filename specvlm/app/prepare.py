@@ -38,7 +38,7 @@ SMALLER = "take fewer frames (frames=…), fewer new tokens (max_new_tokens=…)
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked configuration with its strategies and with skeletons, models without weights.
+    """A checked configuration with its strategies and its models as skeletons, which have no weights.
 
     Attributes:
         draft: None if the drafter needs no draft model.
@@ -72,7 +72,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample, made into the target's prompt.
+    """A sample whose video was read and made into the target's prompt.
 
     Attributes:
         clip: Name of the video.
@@ -110,7 +110,7 @@ class Prepared(Setup, Reading):
 
 
 def set_up(cfg: RunConfig, places: Placement) -> Setup:
-    """Build strategies and skeletons and check all that needs no video. Raises UserError if the run is not possible."""
+    """Build strategies and skeletons, and check everything that needs no video. Raises UserError if a check fails."""
     pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
     target = skeleton(model_folder(cfg.target.path), cfg.mrope)
     target.check_template()
@@ -159,8 +159,8 @@ def own_sample(cfg: RunConfig) -> Sample:
 def read(setup: Setup, sample: Sample, known: KnownVideos | None = None) -> Reading:
     """Read the videos and images and make the prompt.
 
-    known: Files whose videos are known, and need not be decoded. Raises MissingVideo if a video is missing, UserError if a
-    video or an image cannot be used.
+    known: Files whose videos are known and need not be decoded again. Raises MissingVideo if a video is missing,
+    UserError if a video or an image cannot be used.
     """
     check_question(sample.question)
     start = perf_counter()
@@ -189,12 +189,12 @@ def processed(setup: Setup, sample: Sample, known: KnownVideos | None) -> Proces
 
 
 def keeps_prompts(cfg: RunConfig, places: Placement) -> bool:
-    """Whether anything is kept of prompts. A run of one question would not use it; ranks would find unlike prompts."""
+    """Whether prompts are kept for later samples. With several ranks they are not, since their stores could differ."""
     return cfg.dataset is not None and cfg.prefixes is not False and places.ranks == 1
 
 
 def kept_bytes(cfg: RunConfig, places: Placement, left: Mapping[torch.device, int]) -> dict[torch.device, int]:
-    """Return the bytes that what is kept of prompts may take on each device. left: Bytes that nothing else needs."""
+    """Return the bytes that kept prompts may take on each device. left: Bytes that nothing else needs."""
     if not keeps_prompts(cfg, places):
         return {}
     devices = list(dict.fromkeys(places.target))

@@ -60,7 +60,7 @@ def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Non
 def warm_up(steps: Iterator[Step], record: RequestResult, graph: DecodingGraph) -> None:
     """Run the first three steps of a full-length request, to grow caches and capture graphs for the real one.
 
-    It leaves nothing that would make the real one faster.
+    It keeps no prompts, since they would make the real one faster.
     """
     record.stage = "warming up"
     with frozen(graph):
@@ -88,7 +88,7 @@ def decode_alone(request: Prepared, graph: DecodingGraph, record: RequestResult,
 def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
     """Decode with the target alone, by specvlm's own verification rule instead of the configured verifier.
 
-    It uses what earlier samples have left, as the drafted request does, but leaves nothing itself.
+    It uses prompts kept from earlier samples, as the drafted request does, but keeps none itself.
     """
     more = (own_rule(graph.sampling), graph.caches, graph.engine, graph.prefixes)
     with frozen(graph):
@@ -96,7 +96,7 @@ def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
 
 
 def frozen(graph: DecodingGraph) -> AbstractContextManager[None]:
-    """Let requests add nothing to what the graph keeps of prompts."""
+    """Keep requests from adding to the graph's kept prompts."""
     return nullcontext() if graph.prefixes is None else graph.prefixes.frozen()
 
 
@@ -114,7 +114,7 @@ def row(number: int, step: Step) -> dict[str, Any]:
 
 
 def summarize(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[dict[str, Any], str]:
-    """Return the content of summary.json (see `metrics.KEYS`) and the verdict in a word, see `judge`."""
+    """Return the content of summary.json (see `metrics.KEYS`) and the one-word verdict (see `judge`)."""
     steps, baseline = record.steps, record.baseline
     peak = max(map(memory_plan.peak_bytes, request.places.devices)) if record.peak_bytes is None else record.peak_bytes
     verdict, text, difference = judge(request, graph, record)
@@ -171,8 +171,8 @@ def spans(video_s: float, times_s: dict[str, float], tokens: int, baseline: Base
 def judge(request: Prepared, graph: DecodingGraph, record: RequestResult) -> tuple[str, str, dict[str, Any] | None]:
     """Compare the answer with the baseline, unless it is sampled or lossy.
 
-    Returns the verdict in a word, such as "tie"; in full, such as "numeric tie at token 5 (gap 0.1)"; and `difference`
-    as `metrics.KEYS` explains it.
+    Returns the verdict in one word, such as "tie"; in full, such as "numeric tie at token 5 (gap 0.1)"; and
+    `difference` as `metrics.KEYS` explains it.
     """
     baseline = record.baseline
     if baseline is None or record.out_of_memory:

@@ -11,7 +11,7 @@ from specvlm.strategies import Dataset, Sample
 from specvlm.strategies.fence import inside
 from specvlm.strategies.registry import described
 
-QUESTIONS = 8  # questions about one video that a job answers in a row, whatever its turn
+QUESTIONS = 8  # questions about one video that a job answers in a row, even if its turn is shorter
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:
@@ -37,11 +37,12 @@ def unique(dataset: Dataset) -> Sequence[Sample]:
 def windows(samples: Sequence[Sample], size: int) -> list[list[int]]:
     """Order the samples of a data set so that those of one video follow each other, and cut the order into windows.
 
-    The order and the windows depend on nothing but the data set, so they are the same in every job, interrupted or not.
+    The order and the windows depend only on the data set, so they are the same in every job, interrupted or not.
 
     Args:
         samples: The samples.
-        size: Fewest samples of a window but the last. It ends with a video, unless that has many questions.
+        size: Minimum number of samples in a window, except in the last one. A window ends with the last question about
+            a video, unless the video has many.
 
     Returns:
         Indices of the samples of each window.
@@ -60,7 +61,7 @@ def windows(samples: Sequence[Sample], size: int) -> list[list[int]]:
 
 
 def writable_meta(sample: Sample) -> dict[str, Any]:
-    """Return a sample's metadata for JSON. If JSON cannot hold it or it is nested too deep, its values become texts.
+    """Return a sample's metadata for JSON. If JSON cannot hold them or they are nested too deeply, they become texts.
 
     Long texts are then cut.
     """

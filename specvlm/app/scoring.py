@@ -18,7 +18,7 @@ class Scorer:
     """Scores answers with one or more metrics. A metric that fails leaves its score empty; the answer stays.
 
     Args:
-        cfg: The configuration. `cfg.metric` is used alone; if it is None, the data set's own metrics are.
+        cfg: The configuration. Uses only `cfg.metric`; if that is None, the data set's own metrics.
         dataset: The data set.
         note: Shows a message to the user.
 
@@ -42,8 +42,8 @@ class Scorer:
             tokenizer: Decodes the target's own answer.
 
         Returns:
-            `scores` and `baseline_scores`, the latter None without a baseline. Empty if there is no metric, or if memory
-            ran out, so that the answer is not complete.
+            `scores` and `baseline_scores`, the latter None without a baseline. Empty if there is no metric, or if
+            memory ran out, so that the answer is not complete.
         """
         if not self.metrics or figures["out_of_memory"]:
             return {}
@@ -70,7 +70,7 @@ class Scorer:
 
 
 def finite(score: Any, metric: Metric) -> float | None:
-    """Return a score as a float; None stays None. Raises StrategyError if it is no number that a row may hold."""
+    """Return a score as a float; None stays None. Raises StrategyError if it is not a number that a row may hold."""
     if score is None:
         return None
     number: Any = score if isinstance(score, Real) else math.nan

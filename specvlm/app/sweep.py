@@ -57,7 +57,7 @@ class Sweep:
         self.ended: Exception | None = None  # error that `add` keeps for `finish` to raise
 
     def expect(self, words: Mapping[Path, str], tracker: Any) -> None:
-        """Announce jobs, and take the words that all jobs share out of their labels. words: labels, by folder."""
+        """Announce jobs, and remove the words that all jobs share from their labels. words: labels, by folder."""
         self.words |= words
         self.tracker = tracker
         short, self.common = job_names.split_shared(list(self.words.values())) if self.words else ([], "")
@@ -146,7 +146,7 @@ class Sweep:
         """
         if self.ended:
             return
-        screen, never = RunConsole(), {"status": "failed", "reason": "it never began"}
+        screen, never = RunConsole(), {"status": "failed", "reason": "it never started"}
         found = {folder: self._state_of(folder) for folder in self.labels}
         if not any(found.values()):
             return
@@ -162,7 +162,7 @@ class Sweep:
             screen.note(tracking.next_step(self.folder))
 
     def _point(self, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-        """Row of a job in the table that the tracker gets. found: its summary."""
+        """Row of a job in the tracker's table of jobs. found: the job's summary."""
         cfg = config_of(folder)
         chosen = {kind: cfg[kind]["name"] for kind in ("pruner", "drafter", "verifier", "dataset")}
         figures = {key: found.get(key) for key in (*MEANS, *(f"speedup_{span}" for span in SPANS), "ok", "failed", "skipped")}
@@ -197,8 +197,9 @@ class Task:
 def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int]) -> int:
     """Run all jobs to their end in the order of `schedule`; returns the worst exit code.
 
-    Jobs that share a target run together, one target after the other; then their answers are checked, for check=….
-    If a job fails, the others go on, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are raised.
+    Jobs that share a target run together, one target after the other. Then their answers are checked, if `check` is
+    set. If a job fails, the others continue, unless it has fail_fast set: then JobFailed is raised. Errors in FATAL are
+    raised.
 
     Args:
         jobs: Started jobs.

@@ -34,8 +34,8 @@ class BatchJob(Job):
     """Decodes up to `cfg.batch` samples at once, then compares, scores and writes each as a `Job` does.
 
     Baselines are decoded one after another, since their speed is that of one request. A sample that runs out of memory
-    in company is decoded again alone. If a strategy changes what others use, all are decoded again alone, so that only
-    the sample at fault fails.
+    beside others is decoded again alone. If a strategy changes something that others use, all are decoded again alone,
+    so that only the sample at fault fails.
     """
 
     def turn(
@@ -67,7 +67,7 @@ class BatchJob(Job):
                 with contained():
                     reading = readings.get(self.key(each), self.read(each))
                     requests[each] = reading, self.held.plan(self.setup, reading)
-            except Exception:  # `_sample` meets it again, and notes it
+            except Exception:  # `_sample` gets the same error again, and notes it
                 continue
         if len(requests) < 2:
             return
@@ -116,7 +116,7 @@ def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dic
 
 
 def room_beside(request: Prepared, graph: DecodingGraph) -> int:
-    """Return the bytes that caches may take beside the rest of a request's plan: activations, joined passes, kept prompts."""
+    """Return the bytes left for caches after the rest of a request's plan: activations, joined passes, kept prompts."""
     parts = [(device, request.plans[device].parts) for device in request.places.devices]
     other = sum(found.get(name, 0) for _, found in parts for name in ("activations (estimate)", memory_plan.JOINED, KEPT))
     return sum(memory_plan.free_bytes(device) for device, _ in parts) - other + graph.caches.nbytes

@@ -33,12 +33,12 @@ class BroadcastSession(DraftSession):
         return self._share_any_shape(tree) if self.shape is None else self._share_fixed_shape(tree)
 
     def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
-        """Let rank 0 guess on, whose draft works alone."""
+        """Let the session on rank 0 draft during the check. Other ranks have no draft."""
         return None if self.session is None else self.session.guess_on(done)
 
     @property
     def drafted_ahead(self) -> int | None:  # type: ignore[override]
-        """The number that the drafter's session tells; None on other ranks."""
+        """The `drafted_ahead` of the drafter's session; None on other ranks."""
         return None if self.session is None else self.session.drafted_ahead
 
     def _share_any_shape(self, tree: DraftTree | None) -> DraftTree:
@@ -58,7 +58,7 @@ class BroadcastSession(DraftSession):
         shape = self.shape
         assert shape is not None
         if tree is not None and tree.parents != shape.parents:
-            raise ValueError(f"a tree of {len(tree)} nodes is not of the shape that the drafter calls fixed")
+            raise ValueError(f"a tree of {len(tree)} nodes does not have the drafter's `fixed` shape")
         if self._drawn is None:
             self._drawn = self.ranks.share(lambda: tree is not None and tree.q is not None)
         if tree is None:

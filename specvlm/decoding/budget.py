@@ -1,9 +1,9 @@
-"""How much requests guess: shapes of the trees of a round, for the most tokens per millisecond.
+"""Choose how much requests guess: tree shapes for each round that give the most tokens per millisecond.
 
 Requests that run at the same time share a round: the target's pass over all their rows, and a draft pass for each
-level. The shape chosen for all has the highest expected tokens (the products of acceptance along each path, summed) per
-ms of that round. Where a shape is not captured, a request that accepts less may take a smaller one: one whose last rows
-are worth their cost at that rate.
+level. All get the shape with the most expected tokens per ms of the round (products of acceptance along each path,
+summed). If shapes are not captured, a request that accepts less may get a smaller one, whose last rows are still worth
+their cost at that rate.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 # All constants of the decision.
-ROWS = 128  # most rows of the target's pass that trees of more than one path may fill: captured passes have no more
-FIRST, WEIGHT = 0.7, 8.0  # acceptance that is assumed, and how many guesses it counts as
-FORGETS, POOL_FORGETS = 0.97, 0.995  # weight of a verdict after each further one: of a request, of all of a pair
-REVIEW = 8  # rounds of the same requests until their shape is chosen anew
-BETTER = 1.05  # times the rate of the last shape that another must have to take its place
-TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, which tell the costs apart
+ROWS = 128  # most rows of a pass of the target that several trees may fill: captured passes have no more
+FIRST, WEIGHT = 0.7, 8.0  # prior acceptance, and the number of guesses that it counts as
+FORGETS, POOL_FORGETS = 0.97, 0.995  # decay of older verdicts with each new one: per request, and for all requests of a pair
+REVIEW = 8  # rounds of the same requests until their shape is chosen again
+BETTER = 1.05  # a shape replaces the last one if its rate is higher by this factor
+TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, different enough to measure the costs
 STEADY = tuple(
     shape for shape in shapes_for(captured=True) if len(shape) == shape.depth + 1
 )  # of `Share.steady`: on all engines
@@ -43,11 +43,11 @@ RETRY = 48  # rounds without guesses until a round tries some
 
 
 class Acceptance:
-    """Chance that the best guess of a depth is right, given that those above are: Beta counts of verdicts.
+    """Chance that the best guess at each depth is right if those above are: Beta counts of verdicts.
 
     Args:
-        prior: What is assumed: the acceptance of the pair's requests so far. None: FIRST of depth 1, and of a greater
-            depth what is found of the depth above.
+        prior: The prior: acceptance of the pair's requests so far. None: FIRST for depth 1, and for each greater depth
+            the chance found for the depth above.
     """
 
     def __init__(self, prior: Acceptance | None = None) -> None:
@@ -80,7 +80,7 @@ class Acceptance:
         return found
 
     def tokens(self, shape: TreeShape) -> float:
-        """Return the tokens that a round with a tree of this shape is expected to give."""
+        """Return the expected number of tokens of a round with a tree of this shape."""
         if shape not in self._tokens:
             self._tokens[shape] = 1.0 + expected(shape, self.chances(shape.depth))
         return self._tokens[shape]
@@ -95,8 +95,8 @@ class Share:
         rows: Rows of its last tree.
         budget: The budget of its pair. None: it chooses its shapes itself.
         most: Maximum number of nodes of its trees.
-        steady: Prices for a request whose answer depends on its guesses. Its shapes follow from these and its own
-            verdicts alone, never from a clock or other requests: the same seed gives the same answer.
+        steady: Prices for a request whose answer depends on its guesses. Its shapes depend only on these and its own
+            verdicts, not on a clock or other requests, so that the same seed gives the same answer.
         decodes: Whether its prefill has ended. Before that it takes part in no round.
     """
 
@@ -130,14 +130,14 @@ class Round:
     """Shapes chosen for the requests of a round.
 
     Attributes:
-        shape: The shape of most of them, and the deepest.
+        shape: The shape of most requests, which is also the deepest.
         rate: Expected tokens per ms; 0 if the shape is a trial.
         mine: Number of requests whose shapes the budget chooses.
-        others: Number of requests that share the target's pass and choose their shapes themselves, and their rows.
+        others: (number, rows) of the requests that share the target's pass but choose their shapes themselves.
         own: The shape of each request that has chosen since the last review.
         shapes: The shape of each request that takes part.
-        told: Whether a request has its verdict, so that others that come begin a new round.
-        times_s: Least time of drafting, and of the check, that a request with all levels had.
+        told: Whether a request has its verdict, so that the next request to ask begins a new round.
+        times_s: Shortest drafting time and shortest check time among requests whose trees have all levels.
     """
 
     shape: TreeShape
@@ -150,13 +150,13 @@ class Round:
     times_s: tuple[float, float] | None = None
 
     def saw(self, shape: TreeShape, draft_s: float, check_s: float) -> None:
-        """Add a request's times. One with fewer levels waited for the others in its check."""
+        """Add a request's times. Ignores a tree with fewer levels, whose check includes waiting for the others."""
         if shape.depth == self.shape.depth:
             known = self.times_s or (draft_s, check_s)
             self.times_s = min(known[0], draft_s), min(known[1], check_s)
 
     def cost(self) -> RoundCost | None:
-        """Return what it cost; None if it was not measured."""
+        """Return the round's cost; None if it was not measured."""
         if self.times_s is None:
             return None
         (count, more), sizes = self.others, [sizes_of_round(shape) for shape in self.shapes.values()]
@@ -180,7 +180,7 @@ class Budget:
         self.chains = [shape for shape in self.shapes if len(shape) == shape.depth + 1]
         self.prices, self.acceptance = Prices(known), Acceptance()
         self.round: Round | None = None
-        self.last: Round | None = None  # not all its requests may have told their times yet
+        self.last: Round | None = None  # some of its requests may not have reported their times yet
         self.plain = 0  # rounds without guesses, one after another
         self.number = 0  # of the round
         self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
@@ -231,14 +231,14 @@ class Budget:
         return Round(best, rates[best], len(mine), others)
 
     def _end(self) -> None:
-        """Learn what the round before this one cost, since the last request of it has its verdict by now."""
+        """Learn the cost of the round before this one, in which every request has its verdict by now."""
         if self.round is not None:
             self.plain = self.plain + 1 if self.round.shape == ROOT else 0
         if self.last is not None and (cost := self.last.cost()) is not None:
             self.prices.saw(cost)
 
     def _allowed(self, most: int, requests: int) -> list[TreeShape]:
-        """List the shapes whose rows fit into a pass of so many requests; first the one without guesses."""
+        """List the shapes whose rows fit into a pass of `requests` requests, the one without guesses first."""
         most = min(most, ROWS // min(requests, REQUESTS))
         return [shape for shape in self.shapes if len(shape) <= most]
 
@@ -249,9 +249,9 @@ class Budget:
         return tokens / prices.round_ms(many + count, many * rows + more, passes, many * draft_rows)
 
     def _own(self, share: Share, now: Round) -> TreeShape:
-        """Return the shape of a request in a round: that of the round, or one with fewer rows if these do not pay.
+        """Return the shape of a request in a round: that of the round, or a smaller one if its last rows do not pay.
 
-        Captured drafts of equal shapes are one program, so there all have the same.
+        If shapes are captured, all requests have the same one, since their drafts then run as one program.
         """
         if self.captured or not now.rate or now.shape == ROOT or sum(share.decodes for share in self.running.shares) == 1:
             return now.shape
@@ -303,7 +303,7 @@ def sharing(
         target: The target.
         draft: The model that drafts, if any does.
         drafter: Its drafter; None for the target alone.
-        joins: Whether the answer is the same whatever is guessed.
+        joins: Whether the answer does not depend on the guesses.
     """
     with _LOCK:
         running = _RUNNING.setdefault(engine, Running())

@@ -27,7 +27,7 @@ KEPT_STATES = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm
 
 
 def state_layer(pruner: Pruner, target: VideoLM) -> int:
-    """Return the pruner's `state_layer`, counted from 1. Hidden states are read after this layer, keys inside it.
+    """Return the pruner's `state_layer`, counted from 1. Hidden states are read after the layer, keys inside it.
 
     Returns 0 if the pruner needs none of STATE_SIGNALS. Raises UserError if the target has no such layer.
     """
@@ -102,7 +102,7 @@ def collector_for(
 def gathered(
     needs: frozenset[str], prompt: VideoPrompt, collector: AttentionCollector | None, features: Tensor | Features
 ) -> dict[str, Tensor]:
-    """Return the signals named in `needs` on the device of the features. Those that were not collected are left out."""
+    """Return the signals named in `needs` on the device of the features. Leaves out those that were not collected."""
     features_ND = entering(features)
     signals, device = {}, features_ND.device
     if "features" in needs:
@@ -135,9 +135,9 @@ def gathered(
 def draft_attention(
     model: VideoLM | None, prompt: VideoPrompt, features: Tensor | Features | None, pruner: Pruner, caches: CachePool
 ) -> Tensor:
-    """(L, N) attention of the last row to the unpruned video in the first `draft_layers` layers of the model that drafts.
+    """(L, N) attention of the last row to the unpruned video in the drafting model's first `draft_layers` layers.
 
-    features: Its video features; computed here if None.
+    features: That model's video features; computed here if None.
     """
     assert model is not None
     features_ND = model.features(prompt) if features is None else features

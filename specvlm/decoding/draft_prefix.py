@@ -1,4 +1,4 @@
-"""Let a draft start behind what it has computed for earlier requests.
+"""Let a draft reuse rows and features that it has computed for earlier requests.
 
 Shape suffixes: N video tokens, F frames of all videos, K kept slots, D hidden size, A rotary axes.
 """
@@ -30,7 +30,7 @@ class ReusedDraftPrefill(DraftPrefill):
     are reused only where a guess cannot change the output. Elsewhere, features are reused for the same frames alone.
 
     Args:
-        store: Keeps both.
+        store: Store for both.
         keys: Keys of the request's prompt.
         engine: Runs the text behind kept rows.
         pruner: Chooses the tokens to keep.

@@ -16,8 +16,8 @@ from specvlm.strategies import Sampling, gumbel
 # times as far in bfloat16, 2,000 times in float32. RATIO limits this quotient for long answers; SPREAD / sqrt(tokens)
 # adds three standard deviations for short ones.
 RATIO, SPREAD = 1.2, 1.2
-GAP = 12  # most that a token may lie below the one-row choice, in units of drift; 6.0 was the most in the same ties
-LEAST = 0.125  # lower bound of the drift, in roundings (eps) of the largest logit: a few tokens may happen to move less
+GAP = 12  # largest distance of a token below the one-row choice, in units of drift; 6.0 was the largest in the same ties
+LEAST = 0.125  # lower bound of the drift, in roundings (eps) of the largest logit: a few tokens may move less by chance
 # Largest drift allowed, relative to the largest logit. Seen in 16 bits: 0.3 of a rounding in the embedded pairs and 1.1
 # in a 7B model; in float32: 2.6. The drift grows with the square root of the number of layers.
 DRIFT = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -64,7 +64,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Choice:
-    """The target's rule for choosing a token, apart from the verifiers' code: the largest logit, or logit plus noise.
+    """The target's rule for choosing a token: the largest logit, or logit plus noise. Shares no code with verifiers.
 
     Attributes:
         sampling: Greedy, or coupled.
@@ -89,16 +89,16 @@ class Choice:
         return int(scores_V.where(may_V, -torch.inf).argmax())
 
     def gap(self, logits_V: Tensor, at: int, token: int) -> float:
-        """Return how far logits must move at least for `token` to be chosen; 0 if it is already.
+        """Return the smallest change of logits for which `token` is chosen; 0 if it is already.
 
-        For that, top-k and top-p must leave `token`, and every other token that they leave must score less or drop out.
+        After the change, top-k and top-p must keep `token`, and each other token must score less or be removed.
         """
         scores_V, may_V = self.scored(logits_V, at)
         ahead_V, spare_V = scores_V - scores_V[token], torch.full_like(scores_V, torch.inf)
         lacking = 0.0
         if not bool(may_V.all()):
             logits_V = logits_V.double()
-            spare_V = logits_V - logits_V[~may_V].max()  # until the first token that is left out comes in instead
+            spare_V = logits_V - logits_V[~may_V].max()  # until the first removed token takes its place
             lacking = 0.0 if may_V[token] else float(logits_V[may_V].min() - logits_V[token])
         return max(lacking, float(torch.minimum(ahead_V, spare_V).max()))
 
@@ -124,7 +124,7 @@ class Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """Measure how far logits lie from those of the one-row pass: RMS over the NEAR best, averaged over rows.
+        """Measure how far logits are from those of the one-row pass: RMS over the NEAR best, averaged over rows.
 
         The mean distance of a row is subtracted first, since it does not change the order of tokens.
         """
@@ -138,7 +138,7 @@ class Evidence:
             scale: Largest absolute logit.
             dtype: Dtype of the target.
             otherwise: Maps ids_TK to (T, K) gaps and logits from one-row passes after another prefill. Called only if
-                the replayed logits lie too far off for the causal pass to explain.
+                the replayed logits are too far off for the causal pass to explain.
         """
         many, room = self.drift(self.many_TK), RATIO + SPREAD / max(1, len(self.one_TK) - 1) ** 0.5
         drift = max(self.drift(self.causal_TK), torch.finfo(dtype).eps * scale * LEAST)

@@ -22,7 +22,7 @@ AT_ONCE = 64  # rows whose logits are held at once
 
 
 def with_logprobs(step: Step, output: Output, request: Request, logits_1V: Tensor, count: int | None) -> Jobs[Step]:
-    """Add the log-probabilities of the answer to its last step; return any other step as it is.
+    """Add the log-probabilities of the answer to its last step; return any other step unchanged.
 
     logits_1V: Logits of the prefill. count: As in `logprobs_of`; None adds none.
     """
@@ -37,7 +37,7 @@ def logprobs_of(
 ) -> Jobs[tuple[TokenLogprobs, ...]]:
     """Run the target over an answer once more, in one causal pass, and return the log-probabilities of its tokens.
 
-    They are those of the plain logits: no penalty, temperature or other setting changes them.
+    They are taken from the plain logits, without penalty, temperature or other settings.
 
     Args:
         target: The target.

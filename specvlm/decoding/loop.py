@@ -45,7 +45,7 @@ def generator_for(seed: int) -> torch.Generator:
 
 
 def verifier_generator(seed: int) -> torch.Generator:
-    """Make a generator for the verifier, apart from the drafter's: no guess may depend on the draws that judge it."""
+    """Make the verifier's generator, separate from the drafter's: no guess may depend on the draws that judge it."""
     return generator_for((seed ^ 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -67,7 +67,7 @@ def autoregressive(
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
         engine: Engine that runs the passes; the eager one by default.
-        prefixes: What earlier requests have computed of their prompts; by default nothing is reused.
+        prefixes: Kept rows of earlier prompts; by default nothing is reused.
     """
     engine = engine or Engine()
     return alone(engine, autoregressive_work(target, prompt, options, verifier, caches or CachePool(), engine, prefixes))
@@ -84,7 +84,7 @@ def autoregressive_work(
 ) -> Generator[Job | Pause | Step, Any, None]:
     """Decode as `autoregressive` does, as a generator of passes and steps for a `Scheduler` to run.
 
-    prefixes: What earlier requests have computed of their prompts; by default nothing is reused.
+    prefixes: Kept rows of earlier prompts; by default nothing is reused.
     """
     asked = GenerationOptions().asked(options)
     clock, stop_ids = Clock(target.device), asked.stop_ids_or(target.stop_ids)
@@ -114,7 +114,8 @@ def autoregressive_work(
 class DecodingGraph:
     """A target, a draft and three strategies that decode requests. Safe to share between requests and threads.
 
-    Raises UserError if the drafter needs a draft model and has none, or the pruner a layer that the target lacks.
+    Raises UserError if the drafter needs a draft model and there is none, or the pruner reads a layer that the target
+    does not have.
 
     Attributes:
         draft: The draft model, on the meta device on ranks that do not hold it. None if the drafter needs none.
@@ -122,7 +123,7 @@ class DecodingGraph:
         vocabulary: Both models know the token ids below this number. 0 takes the smaller vocabulary of the two.
         caches: KV caches, kept between requests.
         engine: Engine that runs the passes (see `specvlm.engine`).
-        prefixes: What earlier requests have computed of their prompts. None: nothing is reused.
+        prefixes: Kept rows of earlier prompts. None: nothing is reused.
     """
 
     target: VideoLM

@@ -1,6 +1,6 @@
 """Check that an output is the target's own: compare it with `autoregressive` and explain the first difference.
 
-A pass over several rows sums in another order than a pass over one row. In float32 the difference rarely shows; in
+A pass over several rows sums in a different order than a pass over one row. In float32 the difference rarely shows; in
 bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric tie is measured, never assumed:
 
 1. The run is replayed from its draft trees, by other code for masks, positions, cache moves and acceptance (except
@@ -9,7 +9,7 @@ bfloat16 two tokens with (nearly) equal logits may swap places. Such a numeric t
 2. For the logits, replay and run share only the model's pass over masked rows and the repetition penalty. On average
    over the answer, the replayed logits must be about as close to those of one-row passes as the logits of a plain
    causal pass over the same tokens are (`evidence.RATIO`).
-3. No token of the output may lie further below the target's choice, in the one-row passes or in the replay, than a
+3. No token of the output may be further below the target's choice, in the one-row passes or in the replay, than a
    multiple (`evidence.GAP`) of the distance that rounding moves logits on average.
 
 `tests/campaign/planted_faults.py` plants 42 faults, on 40 prompts of real footage. Of the outputs that they changed, 3
@@ -63,7 +63,7 @@ def compare(
     With an engine that is exact by construction, every difference is a mismatch.
 
     Free if the two are identical, or if the tokens alone show the mismatch. Otherwise the check costs a prefill, a
-    one-row pass per token, a pass over the answer and a pass per round. If the replayed logits lie too far off, the
+    one-row pass per token, a pass over the answer and a pass per round. If the replayed logits are too far off, the
     prefill and the one-row passes are repeated.
 
     Args:
@@ -85,11 +85,11 @@ def compare(
     if first == len(output) == len(baseline):
         return Comparison("identical", exact=exact)
     if first == min(len(output), len(baseline)):
-        return Comparison("mismatch", first, reason=f"{len(output)} tokens came out, the target alone gives {len(baseline)}")
+        return Comparison("mismatch", first, reason=f"{len(output)} tokens, where the target alone gives {len(baseline)}")
     if steps and [token for step in steps for token in step.tokens] != list(output):
         return Comparison("mismatch", first, reason="the rounds do not add up to the output")
     if exact:
-        why = f"{output[first]} came out, the target alone gives {baseline[first]}, and this engine is exact by construction"
+        why = f"got token {output[first]}, the target alone gives {baseline[first]}, and this engine is exact by construction"
         return Comparison("mismatch", first, reason=why, candidates=(output[first], baseline[first]))
     end = Output.of(target, replace(options, max_new_tokens=len(output) + 1))
     if len(end.take(output)) < len(output) or (not end.done and len(output) < len(baseline)):
@@ -103,8 +103,8 @@ def compare(
 def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
     """Whether any difference is an error: the engine is exact, and prefills this prompt the same way in every run.
 
-    It runs the text behind the last video or image in slices of its own. Before that, rows behind the last video are
-    prefilled in several passes if they are many, but in one where a run collects the attention of all rows.
+    It runs the text after the last video or image in fixed slices. If that is not all that follows the last video, the
+    rest is prefilled in several passes if it is long, but in one if a run collects the attention of all rows.
     """
     once = 0 < prompt.cut == prompt.text or len(prompt) - prompt.cut <= CHUNK
     return engine is not None and engine.exact(target) and once
@@ -241,7 +241,7 @@ class _Passes:
 
 
 def _keep(cache: KVCache, base: int, path: Sequence[int]) -> None:
-    """Move the rows at `base + path` to the slots from `base` on, as `KVCache.keep` does, whose faults this reveals."""
+    """Move rows as `KVCache.keep` does. Shares no code with it, so that the replay reveals its bugs."""
     for store in cache.stores:
         for tensor in store:
             tensor[:, :, :, base : base + len(path)] = tensor[:, :, :, [base + node for node in path]]

@@ -8,10 +8,10 @@ from specvlm.types import GenerationOptions
 
 
 class Output:
-    """Ends an answer after the first stop id or stop text (the token is kept), or at the token limit if it comes first."""
+    """Ends an answer after the first stop id or stop text, whose token is kept, or at the token limit."""
 
     def __init__(self, limit: int, stop_ids: frozenset[int], text: AnswerText | None = None) -> None:
-        """text: Finds stop texts; None if there are none."""
+        """Begin an answer. text: Finds stop texts; None if the request has none."""
         self.room, self.stop_ids, self._text = limit, stop_ids, text
         self.tokens: list[int] = []  # the answer so far
 
@@ -35,7 +35,7 @@ class Output:
         return tuple(tokens[:stop])
 
     def _ends(self, token: int) -> bool:
-        """Whether the answer ends with this token, the next one."""
+        """Whether the answer ends with `token`, its next one."""
         if token in self.stop_ids:
             return True
         if self._text is None:

@@ -1,4 +1,4 @@
-"""Prefill the target with a prompt, behind the beginning that earlier requests have computed.
+"""Prefill the target with a prompt, reusing the beginning that earlier requests have computed.
 
 Shape suffixes: S prompt tokens, Q tokens to run, N video tokens, A rotary axes, D hidden size, V vocabulary.
 """
@@ -55,7 +55,7 @@ class Prefill:
     def run(self) -> Pauses[Prefilled]:
         """Fill the cache, with pauses in between."""
         store = self.prefixes
-        if store is None or self.target.ranks.size > 1:  # ranks may find unlike prefixes, and would wait for each other
+        if store is None or self.target.ranks.size > 1:  # ranks may find different prefixes, and would wait for each other
             return Prefilled(*(yield from self._computed(None)))
         keys = store.keys(self.target, self.prompt, self.engine)
         yield from store.wait(keys, self.target.device)
@@ -67,11 +67,11 @@ class Prefill:
         return Prefilled(features_ND, logits_1V, reused, Kept(store, match, last, made))
 
     def _computed(self, match: Match | None) -> Pauses[tuple[Tensor | Features, Tensor]]:
-        """Compute what is not known. Returns the video features and the next token's logits."""
+        """Compute the part of the prompt that is not known. Returns the video features and the next token's logits."""
         features_ND = joined((yield from self._features(match)) or [self.target.blank(0)])
         if match is not None and match.ending is not None:
             return features_ND, self._copied(match, match.ending)
-        return features_ND, (yield from self._behind(features_ND, match))
+        return features_ND, (yield from self._run_rest(features_ND, match))
 
     def _known(self, match: Match) -> int:
         """Number of the prompt's rows that need not be computed. Signals of the text need all of its rows."""
@@ -113,8 +113,8 @@ class Prefill:
         """First slot that the engine may compute. An exact one fills known rows behind the video itself."""
         return min(match.slots, self.prompt.cut) if self.engine.exact(self.target) else self._known(match)
 
-    def _behind(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
-        """Run the target over what is not known. Returns the next token's logits, (1, V)."""
+    def _run_rest(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
+        """Run the target over the rows that are not known. Returns the next token's logits, (1, V)."""
         target, prompt, cache = self.target, self.prompt, self.cache
         begin = 0 if match is None else self._begin(match)
         positions_AS = target.positions(prompt) if match is None else match.keys.positions_AS
@@ -146,7 +146,7 @@ class Prefill:
         return ReusedDraftPrefill(self.prefixes, match.keys, self.engine, early.selection.pruner, early.free)
 
     def _copied(self, match: Match, ending: Ending) -> Tensor:
-        """Take over all that a prefill of the same prompt has left. Returns the next token's logits, (1, V)."""
+        """Reuse the whole prefill of the same prompt. Returns the next token's logits, (1, V)."""
         match.write(self.cache, 0, len(self.prompt))
         self.cache.offset = int(match.keys.positions_AS[:, -1].max()) + 1 - len(self.prompt)
         if self.collector is not None and ending.collector is not None:
@@ -165,11 +165,11 @@ def prefill(
 
 
 class Kept(NamedTuple):
-    """What the store has of a request's prompt.
+    """The entries of a store for a request's prompt.
 
     Attributes:
         store: The store.
-        match: What was known of the prompt, and its keys.
+        match: The part of the prompt that was known, and the prompt's keys.
         last: Entry with the prompt's last row; None if it was not kept.
         made: Entries that the request has added.
     """
@@ -181,13 +181,13 @@ class Kept(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """What a prefill leaves besides the rows in the cache.
+    """Result of a prefill, besides the rows in the cache.
 
     Attributes:
         features_ND: Video features.
         logits_1V: Logits of the next token.
         reused: How much of the prompt was known; None without a store.
-        kept: What the store has of the prompt; None without a store.
+        kept: The store's entries for the prompt; None without a store.
     """
 
     features_ND: Tensor | Features
@@ -196,14 +196,14 @@ class Prefilled(NamedTuple):
     kept: Kept | None = None
 
     def copy(self, prompt: VideoPrompt) -> VideoPrompt:
-        """Copy the prompt for strategies. If its videos were known, pixels are copied only once they are asked for."""
+        """Copy the prompt for strategies. If its videos were known, pixels are copied only when needed."""
         if self.kept is None or not self.reused or self.reused.tokens < prompt.cut:
             return prompt.copy()
         pairs = zip(prompt.videos, self.kept.match.keys.videos, strict=True)
         return replace(prompt, videos=tuple(LateVideo.of(video, digest) for video, digest in pairs)).copy()
 
     def timed(self, times_s: Mapping[str, float]) -> dict[str, float]:
-        """Note how long the prefill took; returns the times as they are."""
+        """Note how long the prefill took; returns the times unchanged."""
         made = () if self.kept is None else self.kept.made
         rows = sum(entry.end - entry.start for entry in made)
         for entry in made:

@@ -1,4 +1,4 @@
-"""How much memory may be taken by what is kept of prompts."""
+"""Memory limits for kept prompts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from specvlm.decoding.prefixes import PrefixStore
 from specvlm.models.memory_plan import free_bytes
 
 GIB = 2**30
-SHARE = 0.25  # share of a device's free memory that is taken by default
+SHARE = 0.25  # share of a device's free memory that kept prompts may take by default
 MOST_ON_CPU = 4 * GIB  # but no more of a CPU's
 HOST_SHARE = 0.125  # share of the host's free memory, for a GPU's less recently used rows
 MOST_ON_HOST = 16 * GIB
 
 
 def share_of(device: torch.device, free: int) -> int:
-    """Return the bytes of a device that are taken by default. free: Bytes that nothing else needs."""
+    """Return the bytes of a device that kept prompts may take by default. free: Bytes that nothing else needs."""
     return int(SHARE * free) if device.type != "cpu" else min(MOST_ON_CPU, int(SHARE * free))
 
 
 def host_bytes(devices: Iterable[torch.device]) -> int:
-    """Return the bytes of host memory to which rows of these devices may move. None for rows of a CPU."""
+    """Return the bytes of host memory that rows moved from these devices may take. 0 if they are CPUs."""
     if all(device.type == "cpu" for device in devices):
         return 0
     return min(MOST_ON_HOST, int(HOST_SHARE * free_bytes(torch.device("cpu"))))

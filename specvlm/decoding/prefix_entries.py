@@ -1,4 +1,4 @@
-"""What is kept of prompts, and what of it a prompt matches.
+"""Entries of a store of prompts, and the part of it that a prompt matches.
 
 Shape suffixes: N video tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ from specvlm.types import VideoPrompt
 
 
 class Ending(NamedTuple):
-    """What a prefill ends with, for requests with the same whole prompt.
+    """End of a prefill, for later requests with the same whole prompt.
 
     Attributes:
         logits_1V: Logits of the next token.
@@ -38,10 +38,10 @@ class Entry(Item):
     Attributes:
         start: First slot.
         end: Slot after the last one.
-        tail: Tokens of the text behind the last video, up to `end`. Empty for the rows of a video and what precedes it.
-        signals: Names of what a collector recorded of the video tokens; their tensors are behind those of the rows.
-        seconds: Time that the target took for these rows when they were computed.
-        ending: What a prefill ended with that ended with these rows.
+        tail: Tokens of the text after the last video, up to `end`. Empty for the rows of a video and what precedes it.
+        signals: Names of the signals recorded for the video tokens; their tensors follow those of the rows.
+        seconds: Time that the target took to compute these rows.
+        ending: End of the prefill, if these rows are its last.
     """
 
     start: int = 0
@@ -59,7 +59,7 @@ class Entry(Item):
             write_rows(cache, rows, self.start, start, end)
 
     def recorded(self) -> dict[str, Tensor]:
-        """Return what a collector recorded of these rows' video tokens."""
+        """Return the signals that a collector recorded for these rows' video tokens."""
         return dict(zip(self.signals, self.kept.tensors[len(self.kept.tensors) - len(self.signals) :], strict=True))
 
 
@@ -70,10 +70,10 @@ class Match:
     Attributes:
         keys: Keys of the prompt.
         videos: Entries up to the end of each video that is known, in order.
-        texts: Entries of the text behind the last video with the slot up to which each is used, in order.
+        texts: Entries of the text after the last video with the slot up to which each is used, in order.
         slots: Number of slots whose rows are known.
-        ending: What the prefill ends with, if the whole prompt is known.
-        held: Entries that stay where they are while the match is used.
+        ending: End of the prefill, if the whole prompt is known.
+        held: Entries that may not move while the match is used.
     """
 
     keys: PromptKeys
@@ -85,7 +85,7 @@ class Match:
 
     @property
     def alike(self) -> bool:
-        """Whether the rows of the text behind the last video depend on nothing but what precedes each of them."""
+        """Whether each row of the text after the last video depends only on the rows before it."""
         return self.keys.prompt.text == self.keys.prompt.cut
 
     @property
@@ -107,14 +107,14 @@ class Match:
         cache.length = end
 
     def seconds(self, slots: int) -> float:
-        """Time that the rows up to a slot took when they were computed."""
+        """Time that computing the rows up to a slot took."""
         spans = [*((entry, entry.end) for entry in self.videos), *self.texts]
         sizes = [(entry, min(upto, slots) - entry.start) for entry, upto in spans]
         return sum(entry.seconds * max(0, size) / (entry.end - entry.start) for entry, size in sizes)
 
 
 def split_by_video(collector: AttentionCollector | None, prompt: VideoPrompt) -> list[dict[str, Tensor]]:
-    """Split what a collector recorded of the video tokens by video."""
+    """Split a collector's records of the video tokens by video."""
     recorded = {} if collector is None else collector.recorded()
     sizes = [len(grid) for grid in prompt.grids]
     split = {name: values.split(sizes) for name, values in recorded.items()}

@@ -1,4 +1,4 @@
-"""Find out what a prompt begins with: a key for the prompt up to the end of each of its videos.
+"""Identify a prompt's beginnings: a key for the prompt up to the end of each of its videos.
 
 Shape suffixes: S prompt tokens, A rotary axes.
 """
@@ -21,13 +21,13 @@ from specvlm.types.pixels import pixel_digest
 class PromptKeys:
     """Keys of a prompt's beginnings.
 
-    A key stands for everything that the target's rows up to a slot depend on: the model and how passes run (`root`), the
-    tokens, their rotary positions, and the pixels of videos and images.
+    A key stands for everything that the target's rows up to a slot depend on: the model and how passes run (`root`),
+    the tokens, their rotary positions, and the pixels of videos and images.
 
     Attributes:
         prompt: The prompt.
         positions_AS: Rotary positions.
-        root: Says which model computes the rows, and how.
+        root: Identifies the model that computes the rows, and how passes run.
     """
 
     prompt: VideoPrompt
@@ -56,7 +56,7 @@ class PromptKeys:
 
     @property
     def base(self) -> bytes:
-        """Key of what the text behind the last video depends on."""
+        """Key of the prompt before the text after the last video."""
         return self.keys[-1] if self.joints else self.root
 
     @cached_property
@@ -66,7 +66,7 @@ class PromptKeys:
 
     @property
     def tail(self) -> Tensor:
-        """Tokens behind the last video."""
+        """Tokens after the last video."""
         return self.prompt.tokens[self.prompt.cut :]
 
     def _key(self, before: bytes, start: int, end: int, more: Sequence[str]) -> bytes:

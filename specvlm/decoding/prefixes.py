@@ -1,4 +1,4 @@
-"""Keep what requests have computed of their prompts, for later requests whose prompts begin alike.
+"""Keep rows and features of prompts, for later requests whose prompts begin the same way.
 
 Shape suffixes: S prompt tokens, N video tokens, D hidden size, V vocabulary.
 """
@@ -28,26 +28,26 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.types import Reused, VideoPrompt
 
 T = TypeVar("T")
-STALE_S = 5.0  # a request does not wait longer for another's prefill that makes no progress
-NAP_S = 0.002  # rest of a request that waits, and has nothing else to do
+STALE_S = 5.0  # how long a request waits for another's prefill that makes no progress
+NAP_S = 0.002  # seconds that a waiting request sleeps if it has nothing else to do
 
 
 class PrefixStore:
-    """Keeps rows of KV caches and video features within a budget of bytes, least recently used out first.
+    """Keeps rows of KV caches and video features within a budget of bytes; drops the least recently used first.
 
-    What is kept of a prompt: for each video the target's rows up to its end, with all that precedes it; the rows of the
-    text behind the last video, of earlier answers too; the video features of target and draft. A later request finds
-    the longest beginning that its prompt has in common, and copies the rows into a cache of its own. Only rows that the
-    target computed of accepted tokens are kept.
+    It keeps, for each video of a prompt, the target's rows up to the video's end, including all that precedes it; the
+    rows of the text after the last video, earlier answers included; and the video features of target and draft. A later
+    request finds the longest beginning that its prompt shares, and copies the rows into its own cache. Only rows that
+    the target computed from accepted tokens are kept.
 
     A key stands for model, engine, tokens, rotary positions and pixels (`PromptKeys`). Beginnings end with a video or
-    inside the text behind the last one. A prompt without a video is found only as a whole on an engine whose passes
-    are exact, since there its rows depend on how many there are.
+    inside the text after the last one. On an engine whose passes are exact, a prompt without a video is found only as a
+    whole, since its rows depend on their number.
 
-    Signals of a pruner that come from the text behind the video are computed anew, from all rows of that text: attention
-    to the video, key norms, hidden states of the text. Those recorded while the video's own rows are computed (hidden
-    states of video tokens, attention and keys of the vision tower) are kept with the rows. If a request needs one that
-    was not recorded, it computes the video's rows again.
+    Signals of a pruner that come from the text after the video are computed again, from all rows of that text:
+    attention to the video, key norms, hidden states of the text. Those recorded while the video's own rows are computed
+    (hidden states of video tokens, attention and keys of the vision tower) are kept with the rows. If a request needs
+    one that was not recorded, it computes the video's rows again.
 
     Weights that are changed in place are not noticed: then call `empty`. Threads may share a store.
 
@@ -57,9 +57,9 @@ class PrefixStore:
 
     Attributes:
         hits: Requests that found a beginning of their prompt.
-        misses: Those that did not.
+        misses: Requests that found none.
         tokens: Prompt tokens whose rows were found.
-        seconds: Time that these rows took when they were computed.
+        seconds: Time that computing these rows took.
     """
 
     def __init__(self, device_bytes: int, host_bytes: int = 0) -> None:
@@ -73,7 +73,7 @@ class PrefixStore:
         self._texts: dict[bytes, list[Entry]] = {}  # by key of the prompt before the text
         self._endings: dict[bytes, Entry] = {}  # by key of the whole prompt
         self._others: dict[bytes, Item] = {}  # video features and a draft's rows
-        self._claims: dict[bytes, list[int]] = {}  # being computed by a request that counts its progress
+        self._claims: dict[bytes, list[int]] = {}  # prefills in progress, with their progress counters
 
     def keys(self, target: VideoLM, prompt: VideoPrompt, engine: Engine) -> PromptKeys:
         """Return the keys of a prompt."""
@@ -81,7 +81,7 @@ class PrefixStore:
         return PromptKeys(prompt, target.positions(prompt), root.encode())
 
     def known(self, target: VideoLM, prompt: VideoPrompt, engine: Engine) -> int:
-        """Return the number of a prompt's tokens that are known."""
+        """Return the number of a prompt's tokens whose rows are known."""
         with self.match(self.keys(target, prompt, engine), None, engine.exact(target)) as match:
             return match.slots
 
@@ -101,7 +101,7 @@ class PrefixStore:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let no request of this block add to the store: for warm-ups, and for requests that are compared with another."""
+        """Context manager in which no request adds to the store, for warm-ups and for requests that are compared."""
         self._frozen += 1
         try:
             yield
@@ -114,7 +114,7 @@ class PrefixStore:
         return not self._frozen
 
     def empty(self) -> None:
-        """Drop all that is kept."""
+        """Drop everything."""
         with self._lock:
             self.shelf.empty()
             self._forget_dropped()
@@ -123,12 +123,12 @@ class PrefixStore:
 
     @contextmanager
     def match(self, keys: PromptKeys, collector: AttentionCollector | None, exact: bool) -> Iterator[Match]:
-        """Find the longest kept beginning of a prompt. Its entries stay where they are until the block ends.
+        """Find the longest kept beginning of a prompt. Its entries may not move until the block ends.
 
         Args:
             keys: Keys of the prompt.
             collector: Collector of the request's signals, whose records of the videos must be known.
-            exact: Whether the engine's rows depend on nothing but the rows before them.
+            exact: Whether the engine's rows depend only on the rows before them.
         """
         match = Match(keys)
         try:
@@ -156,7 +156,7 @@ class PrefixStore:
             if spec == (None if collector is None else collector.spec) and self._use(match, whole, len(prompt)):
                 match.ending = whole.ending
                 return
-        if match.alike and (prompt.cut or not exact):  # without a video, exact rows go by their number too
+        if match.alike and (prompt.cut or not exact):  # without a video, exact rows depend on their number too
             tail = keys.tail[:-1]  # the last row is computed in any case
             sizes = [(common(entry.tail, tail), entry) for entry in self._texts.get(keys.base, ())]
             size, best = max(sizes, key=lambda pair: pair[0], default=(0, None))
@@ -179,7 +179,7 @@ class PrefixStore:
         return True
 
     def _hold(self, match: Match, entry: Entry) -> bool:
-        """Load an entry and keep it where it is while the match is used."""
+        """Load an entry and keep it in place while the match is used."""
         if not self._load(entry):
             return False
         entry.users += 1
@@ -204,7 +204,7 @@ class PrefixStore:
     # ---- waiting for a request that computes the same
 
     def wait(self, keys: PromptKeys, device: torch.device) -> Pauses[None]:
-        """Rest while another request computes what this one needs too."""
+        """Pause while another request computes the same rows."""
         progress, since = -1, monotonic()
         while True:
             with self._lock:
@@ -219,7 +219,7 @@ class PrefixStore:
             yield Pause(device, waits=True)
 
     def computing(self, match: Match, work: Pauses[T]) -> Pauses[T]:
-        """Run a prefill, and let requests that need the same wait for it."""
+        """Run a prefill, and let requests that need the same rows wait for it."""
         keys, claim = match.keys, [0]
         with self._lock:
             mine = [key for key in (*keys.keys[len(match.videos) :], keys.whole) if key not in self._claims]
@@ -243,7 +243,7 @@ class PrefixStore:
         """Keep the rows of a prefill that were not known. Returns the new entries.
 
         Args:
-            match: What was known.
+            match: The part of the prompt that was known.
             cache: The target's cache after the prefill.
             collector: Collector of the request's signals.
             logits_1V: Logits of the next token.
@@ -276,7 +276,7 @@ class PrefixStore:
             return made
 
     def count(self, match: Match, slots: int) -> Reused:
-        """Count a request that need not compute the rows up to a slot, and return what it found."""
+        """Count a request that reuses the rows up to a slot, and return what it found."""
         found = Reused(slots, match.seconds(slots))
         with self._lock:
             self.hits += bool(found.tokens)
@@ -289,7 +289,7 @@ class PrefixStore:
         """Keep the rows of an answer.
 
         Args:
-            match: What was known of the prompt.
+            match: The part of the prompt that was known.
             last: Entry with the prompt's last row; None if it was not kept.
             tokens: The answer. The rows of its last tokens may not be in the cache.
             cache: The target's cache.
@@ -316,10 +316,10 @@ class PrefixStore:
         self.shelf.put(entry)
         return True
 
-    # ---- what belongs to no cache of the target
+    # ---- tensors that are not rows of the target's cache
 
     def other(self, key: bytes) -> tuple[Tensor, ...] | None:
-        """Return tensors that were kept under a key; None if there are none any more. Do not write to them."""
+        """Return the tensors kept under a key; None if there are none, or no longer. Do not write to them."""
         with self._lock:
             item = self._others.get(key)
             return item.kept.tensors if item is not None and self._load(item) else None

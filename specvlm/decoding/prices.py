@@ -1,4 +1,4 @@
-"""What a round of several requests costs, as measured so far: a table of smoothed times, and a fit for the rest."""
+"""Predict the cost of a round of several requests: a table of smoothed measured times, and a fit for the rest."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from specvlm.types.costs import RoundCost
 Sizes: TypeAlias = tuple[float, ...]
 
 # All constants of the measurement.
-CHECK_SHARES = (1.0, 0.02, 0.02)  # assumed cost of a target's pass: itself, each request, each row; relative
-DRAFT_SHARES = (0.05, 0.2, 0.01)  # assumed cost of drafting: a round, each pass, each row; in passes of the target
-FASTER, SLOWER = 0.5, 0.1  # shares by which a shorter and a longer time move a smoothed one: delays are longer
-LONGEST = 2.0  # a time counts as at most so many times the smoothed one
-FADES = 0.98  # weight of a time after each round in which its sizes were not seen again
-SURE = 8  # times after which a size's own time counts as much as the fit
+CHECK_SHARES = (1.0, 0.02, 0.02)  # assumed relative cost of the target's pass: the pass itself, each request, each row
+DRAFT_SHARES = (0.05, 0.2, 0.01)  # assumed cost of drafting, in passes of the target: each round, each pass, each row
+FASTER, SLOWER = 0.5, 0.1  # smoothing weights of a time below and above the smoothed one: longer times are often delays
+LONGEST = 2.0  # times are clipped to this multiple of the smoothed one
+FADES = 0.98  # decay of a time's weight with each round of other sizes
+SURE = 8  # number of measurements after which they count as much as the fit
 KEPT = 64  # sizes whose times are kept
 ASSUMED = 0.001  # weight of the assumed costs, where a measured time has 1
-REFIT = 8  # rounds between two fits, once there were as many
+REFIT = 8  # rounds between two fits, after the first REFIT rounds
 
 
 class Meter:
-    """Predicts a time in ms by sizes: that of a linear fit, corrected where these sizes were measured often and of late.
+    """Predicts a time in ms from sizes: a linear fit, corrected if these sizes were measured often and recently.
 
     Args:
-        shares: Assumed cost of each size, relative to each other. The fit leaves them as times are measured.
+        shares: Assumed relative cost of each size. Measured times gradually replace them in the fit.
         scale: Milliseconds per unit of `shares` before anything was measured.
     """
 
@@ -104,7 +104,7 @@ class Prices:
             self.draft.saw((1, cost.passes, cost.draft_rows), cost.draft_ms)
 
     def _assume(self) -> None:
-        """Until drafting is measured, let it cost what is assumed, relative to the target's pass."""
+        """Until drafting is measured, set its cost relative to that of the target's pass."""
         if not self.draft.times:
             self.draft.costs = self.check.costs.sum() / sum(CHECK_SHARES) * self.draft.shares
 
@@ -118,5 +118,5 @@ class Prices:
 
     @property
     def row_ms(self) -> tuple[float, float]:
-        """Cost of a further row of the target, and of the draft."""
+        """Cost of one more row of the target, and of the draft."""
         return float(self.check.costs[2]), float(self.draft.costs[2])

@@ -1,4 +1,4 @@
-"""The drafter's side of a request's rounds: propose a tree, and guess on while the target checks it."""
+"""The drafter's side of a request's rounds: propose a tree, and draft ahead while the target checks it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Proposals:
         lease: The session's caches, the only ones that its passes may write to.
         engine: Engine that runs the passes.
         clock: Clock of the request.
-        joins: Whether draft passes may run together with other requests' (see `Call.joins`).
+        joins: Whether draft passes may run together with those of other requests (see `Call.joins`).
     """
 
     drafter: Drafter
@@ -42,7 +42,7 @@ class Proposals:
 
     @cached_property
     def ours(self) -> bool:
-        """Whether drafter and session are specvlm's own. Our session may pass on trees of a plugin's drafter."""
+        """Whether drafter and session are both specvlm's own. Our session may return trees of a plugin's drafter."""
         return is_ours(self.session) and is_ours(self.drafter)
 
     def tree(self, last: Verdict | None) -> Jobs[DraftTree]:
@@ -59,7 +59,7 @@ class Proposals:
             return levels if type(levels) is int else None
 
     def check(self, request: Request, tree: DraftTree) -> Jobs[tuple[Verdict, list[int]]]:
-        """Have a tree checked, as `Engine.check` does. A session that guesses on does so meanwhile."""
+        """Check a tree, as `Engine.check` does. Meanwhile the session may draft the next one."""
         started: list[Submitted] = []
         with inside(self.drafter):
             guess_on = getattr(self.session, "guess_on", None)

@@ -1,7 +1,7 @@
-"""Draft in a process of its own, which guesses on while the target's processes check.
+"""Draft in a separate process, which drafts ahead while the target's processes check.
 
-The target's processes wait for nothing but trees: so an engine that cannot submit a check, such as the eager one on a
-CPU, gains too. Messages are pickled between a process and the one that it started; nothing else can write to the pipe.
+The target's processes wait only for trees, so an engine that cannot submit a check, such as the eager one on a CPU,
+gains too. Messages are pickled between a process and the one that it started; nothing else can write to the pipe.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Models = tuple[VideoLM, VideoLM]  # target, which may be a skeleton, and draft
 
 @dataclass(frozen=True)
 class Begin:
-    """Begin a request: its number, the drafter, and what the `DraftContext` of its session has without the models."""
+    """Begin a request: its number, the drafter, and the fields of its `DraftContext` without the models."""
 
     number: int
     drafter: Drafter
@@ -49,7 +49,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Asked:
-    """Ask for the tree that follows a verdict on one of a request. The answer has the same number."""
+    """Ask for a request's next tree, given the verdict on its last one. The answer has the same number."""
 
     request: int
     number: int
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """A tree on the host, and how many of its levels were drafted ahead. No tree: why there is none."""
+    """A tree on the host, and how many of its levels were drafted ahead. Without a tree, `why` says why."""
 
     number: int
     tree: DraftTree | None = None
@@ -67,7 +67,7 @@ class Answer:
 
 
 class RemoteDrafter(Drafter):
-    """Runs a drafter's sessions in another process. Signals of the target do not get there.
+    """Runs a drafter's sessions in another process. They get no signals of the target.
 
     Args:
         inner: The drafter.
@@ -82,10 +82,10 @@ class RemoteDrafter(Drafter):
 
     def __init__(self, inner: Drafter, link: Connection) -> None:
         if inner.needs or inner.model != "draft":
-            raise UserError(f"drafter={inner.name} cannot draft in a process of its own: it needs the target")
+            raise UserError(f"drafter={inner.name} cannot draft in a separate process: it needs the target")
         if inner.adapts:
             raise UserError(
-                f"drafter={inner.name} shape=auto goes by costs that are not known in another process: give a shape"
+                f"drafter={inner.name} shape=auto needs costs, which are not known in another process: give a shape"
             )
         self.inner, self.link = inner, link
 
@@ -110,19 +110,19 @@ class RemoteDrafter(Drafter):
 class RemoteSession(DraftSession):
     """Sends verdicts, and receives trees. The process drafts for one request at a time, the one that began last."""
 
-    numbers = count()  # never repeat, so that the answer to a request that was given up is not taken for another
+    numbers = count()  # never repeat, so that the answer to an abandoned request is not taken for another
 
     def __init__(self, link: Connection) -> None:
         self.link, self.request = link, next(self.numbers)
 
     def propose(self, last: Verdict | None) -> DraftTree:
-        """Receive the tree that follows a verdict. Raises UserError if the process has died, RuntimeError if it failed."""
+        """Receive the next tree. Raises UserError if the process has died, RuntimeError if it failed."""
         tell(self.link, Asked(self.request, number := next(self.numbers), last))
         try:
             while (found := heard(self.link)).number != number:
                 pass
         except (EOFError, OSError):
-            raise UserError("the draft's process died without a word; the run cannot go on") from None
+            raise UserError("the draft's process died without a message; the run cannot go on") from None
         if found.tree is None:
             raise RuntimeError(f"the draft's process failed: {found.why}")
         self.drafted_ahead = found.ahead
@@ -130,7 +130,7 @@ class RemoteSession(DraftSession):
 
 
 def tell(link: Connection, message: Any) -> None:
-    """Send a message. If nobody is there, the answer will be missing."""
+    """Send a message. If the other end is gone, does nothing: reading the answer will fail."""
     with suppress(OSError):
         link.send_bytes(pickle.dumps(message))
 
@@ -155,7 +155,7 @@ def serve(link: Connection, models: Models, engine: Engine) -> None:
                     lease, session, request = caches.lease(drafter=True), None, asked.number
                     session = asked.drafter.start(_context(asked, models, lease, engine))
                 elif asked.request != request:
-                    answer = Answer(asked.number, why="another request has begun, and there is one at a time")
+                    answer = Answer(asked.number, why="another request has begun, and only one can run at a time")
                 elif session is not None:
                     tree = engine.finish(session.propose(asked.last)).to(HOST)
                     answer = Answer(asked.number, tree, session.drafted_ahead)
@@ -206,9 +206,9 @@ def draft_process(load: Callable[[], Models], make: Callable[[], Engine] = Engin
     """Start a process that drafts, and end it at the end of the block.
 
     Args:
-        load: Loads the models there; for "spawn", a module-level function or a `partial` of one.
+        load: Loads the models in that process; for "spawn", a module-level function or a `partial` of one.
         make: Makes its engine.
-        how: How Python starts it: "spawn" or "fork".
+        how: How Python starts the process: "spawn" or "fork".
     """
     context: Any = multiprocessing.get_context(how)
     mine, theirs = context.Pipe()

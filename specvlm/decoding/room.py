@@ -1,4 +1,4 @@
-"""Compute what memory a request needs."""
+"""Compute the memory that a request needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs_for(
     """Return the need of the target, and that of the model that drafts, if any does.
 
     Args:
-        graph: May be of skeletons.
+        graph: Models and strategies. The models may be skeletons.
         prompt: The request's prompt.
         options: The request's options.
         dtypes: Dtype of "target" and "draft".

@@ -23,15 +23,15 @@ class Scheduler:
     the steps of one request advances all of them. Requests start in the order in which they were submitted, as soon as
     there is room. None overtakes another, so a request waits at most until those before it have ended.
 
-    A request that fails, is cancelled or runs out of memory affects no other. Not thread-safe: give each thread its own
-    scheduler, or use a `SharedScheduler`; several schedulers may share a graph.
+    A request that fails, is cancelled or runs out of memory does not affect others. Not thread-safe: give each thread
+    its own scheduler, or use a `SharedScheduler`. Several schedulers may share a graph.
 
     Args:
         engine: Engine that runs the passes.
         room: Bytes of KV caches that requests may lease at the same time. None: any number. Free caches that a pool
             keeps for later requests do not count.
         most: Maximum number of requests that run at the same time. None: any number. With tensor parallelism give 1:
-            ranks that take unlike turns would wait for each other for ever.
+            ranks that take different turns would wait for each other forever.
         stall_s: Seconds that prefills of others may delay a step of a request that decodes.
 
     Attributes:
@@ -167,7 +167,7 @@ class Scheduler:
 
 
 def _model_size(group: Sequence[Ticket]) -> int:
-    """A number that grows with the model of the passes that requests wait for."""
+    """A number that grows with the size of the model that the requests wait for."""
     assert group[0].wanted is not None
     model = group[0].wanted.model
     return int(model.layers) * int(model.text.config.hidden_size) ** 2

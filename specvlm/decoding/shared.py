@@ -21,8 +21,8 @@ T = TypeVar("T")
 class SharedScheduler:
     """Runs the requests of several threads on one engine.
 
-    There is no thread of its own: of the threads that wait for a step, one runs a turn for all requests, then the next.
-    So a request rests while nobody waits for a step of any request, and nothing needs to be shut down.
+    It has no thread of its own: one of the threads that wait for a step runs a turn for all requests, then the next one
+    does. So requests make no progress while no thread waits for a step, and nothing needs to be shut down.
 
     Args:
         engine: Engine that runs the passes.
@@ -41,7 +41,7 @@ class SharedScheduler:
         stall_s: float = STALL_S,
     ) -> None:
         self._scheduler, self._device = Scheduler(engine, room, most, stall_s), device
-        self._changed = Condition()  # guards all below, and tells of the end of a turn
+        self._changed = Condition()  # guards everything below, and signals the end of a turn
         self._runner: int | None = None  # the thread that runs a turn
         self._new: list[Ticket] = []
         self._gone: list[Ticket] = []
@@ -92,7 +92,7 @@ class SharedScheduler:
                 self._settle()
 
     def between(self, work: Callable[[], T]) -> T:
-        """Call a function while no turn runs, for what must not use the models or the engine at the same time.
+        """Call a function while no turn runs, because it must not use the models or the engine at the same time.
 
         Raises UserError if called by a request of this scheduler.
         """
@@ -110,14 +110,14 @@ class SharedScheduler:
         self._changed.wait()
 
     def _turn(self) -> None:
-        """Run a turn, then let other threads look. Called with the lock."""
+        """Run a turn, then wake the other threads. Called with the lock."""
         self._settle()
         with self._runs():
             self._scheduler.turn()
 
     @contextmanager
     def _runs(self) -> Iterator[None]:
-        """Context manager in which this thread alone uses the engine, and without the lock. Entered with the lock."""
+        """Context manager in which only this thread uses the engine. Enter with the lock; it is released meanwhile."""
         self._runner = get_ident()
         self._changed.release()
         try:

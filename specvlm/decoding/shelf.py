@@ -10,15 +10,15 @@ from specvlm.models.kept import Kept
 
 @dataclass(eq=False)
 class Item:
-    """Something that is kept.
+    """An item on a shelf: tensors that are kept for later requests.
 
     Attributes:
-        kept: Its tensors.
-        parent: Item without which it is of no use, and which is therefore not dropped before it.
+        kept: The tensors.
+        parent: Item that this one depends on, which is therefore not dropped first.
         more: Bytes on the device besides `kept`.
-        users: Number of running requests that read it now. While there are any, it stays where it is.
-        children: Number of items whose parent it is.
-        used: Time of its last use, counted in uses.
+        users: Number of running requests that read the item now. While there are any, it may not move.
+        children: Number of items whose parent this item is.
+        used: Number of its last use, among the uses of all items.
     """
 
     kept: Kept
@@ -30,11 +30,11 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes where it is."""
+        """Bytes of the item on its device, or in host memory if it is there."""
         return self.kept.nbytes + self.more
 
     def forget(self) -> None:
-        """Free its tensors, once it is dropped. A request that has read it may hold it until its answer ends."""
+        """Free the tensors of a dropped item, even if a request that has read it still holds the item."""
         if not self.users:
             self.kept = Kept(())
 
@@ -45,8 +45,8 @@ class Shelf:
 
     Attributes:
         device_bytes: Most bytes on devices.
-        host_bytes: Most bytes in host memory, to which items move that have no place on a device any more.
-        damaged: Number of copies in host memory that were not what was put there, and so were dropped.
+        host_bytes: Most bytes in host memory, to which items move when there is no room on the devices.
+        damaged: Number of copies in host memory that were dropped because they had changed.
     """
 
     device_bytes: int
@@ -58,7 +58,7 @@ class Shelf:
         self._clock = count(1)
 
     def nbytes(self, on_host: bool = False) -> int:
-        """Bytes of all items, of those on devices or of those in host memory."""
+        """Bytes of all items on devices; with `on_host`, of all items in host memory."""
         return sum(item.nbytes for item in self.items if item.kept.on_host is on_host)
 
     def put(self, item: Item) -> None:
@@ -69,7 +69,7 @@ class Shelf:
         self.touch(item)
 
     def touch(self, item: Item | None) -> None:
-        """Note that an item, and those that it depends on, are used now."""
+        """Mark an item, and those that it depends on, as just used."""
         now = next(self._clock)
         while item is not None:
             item.used, item = now, item.parent
@@ -77,7 +77,7 @@ class Shelf:
     def load(self, item: Item) -> bool:
         """Bring an item back to its device. Drops it and returns False if that is not possible.
 
-        An item that has no room there stays in host memory, also with False.
+        If there is no room on the device, the item stays in host memory and the result is False too.
         """
         if item not in self.items:
             return False
@@ -94,7 +94,7 @@ class Shelf:
     def make_room(self, size: int, keep: Item | None = None) -> bool:
         """Move or drop the least recently used items until there is room on the devices. Returns whether there is.
 
-        keep: An item that stays where it is.
+        keep: An item that may not be moved.
         """
         if size > self.device_bytes:
             return False

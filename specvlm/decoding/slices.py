@@ -15,9 +15,9 @@ STALL_S = 0.06  # seconds that prefills may add to a round of a request that dec
 class Slices:
     """Runs prefills from pause to pause, first come first served, for as long as requests that decode may wait.
 
-    A prefill pauses after each layer and each pass of the vision tower. What it computes does not depend on where it
-    rests, so the output does not either. While no request decodes, a slice ends after as long a time of the host, so
-    that new requests are seen.
+    A prefill pauses after each layer and each pass of the vision tower. Its result does not depend on where it is
+    interrupted, so neither does the output. While no request decodes, a slice ends after the same time on the host's
+    clock, so that new requests are noticed.
 
     Args:
         stall_s: Seconds that slices may take between two steps of a request that decodes. The first part of a slice
@@ -38,15 +38,15 @@ class Slices:
         for ticket in live:
             while ticket.resting is not None and not ticket.done:
                 others = [other for other in live if other.decodes and not other.done]
-                if not self._may_go_on(others, spent):
+                if not self._may_continue(others, spent):
                     return
                 if ticket.resting.waits:
                     ticket.advance(on)
                     break
                 spent += self._advance(ticket, others, on)
 
-    def _may_go_on(self, others: Sequence[Ticket], spent: float) -> bool:
-        """Whether no request that decodes has waited too long; without any, whether the slice is still short."""
+    def _may_continue(self, others: Sequence[Ticket], spent: float) -> bool:
+        """Whether no request that decodes has waited too long; if none decodes, whether the slice is still short."""
         stalled = max((other.stalled for other in others), default=spent)
         return not stalled or stalled + self._last_s <= self.stall_s
 

@@ -1,4 +1,4 @@
-"""Turn the tokens of an answer into text as they come, and find the texts that end it."""
+"""Turn the tokens of an answer into text as they arrive, and find the texts that end it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CONTEXT = 8  # previous tokens that the text of a token may depend on
-BROKEN = "\ufffd"  # decoders put it in place of a character whose last bytes have not come yet
+BROKEN = "\ufffd"  # decoders put it in place of a character whose last bytes have not arrived yet
 
 
 class AnswerText:
@@ -21,7 +21,7 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self.stopped = False  # whether a stop text has come
+        self.stopped = False  # whether a stop text was found
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         # Tokens since the last but one piece, and how many of them are in text already. A decoder may treat the first
         # token otherwise, so the tokens of the last piece stay in front of new ones.
@@ -38,7 +38,7 @@ class AnswerText:
         return "" if not new or new.endswith(BROKEN) else self._passed(new)
 
     def end(self) -> str:
-        """End the answer. Returns the text held back, with a replacement character for a character that broke off."""
+        """End the answer. Returns the text held back, with a replacement character for an incomplete character."""
         if self.stopped:
             return ""
         found = self._passed(self._decoded())
@@ -48,14 +48,14 @@ class AnswerText:
         return found + rest
 
     def _decoded(self) -> str:
-        """Return the text of the tokens that are not in text yet."""
+        """Return the text of the tokens that have not been turned into text yet."""
         known, whole = (
             self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (self._tokens[: self._known], self._tokens)
         )
         return str(whole[len(known) :])
 
     def _passed(self, new: str) -> str:
-        """Count text as known. Returns it, without what is held back or comes after a stop text."""
+        """Add decoded text. Returns the certain part, up to a stop text or to a possible beginning of one."""
         self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
         text = self._held + new
         if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:

@@ -21,7 +21,7 @@ NOTHING = nullcontext()
 
 
 def inferring() -> AbstractContextManager[None]:
-    """Make a context manager that turns torch's inference mode on, unless it is; a strategy may have turned it off."""
+    """Make a context manager that turns torch's inference mode on if it is off: a strategy may have turned it off."""
     return NOTHING if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
@@ -37,7 +37,7 @@ class Ticket:
         wanted: Pass that the request waits for, if any.
         rows: Result of the request's last pass, until the request is resumed with it.
         size: Bytes of KV caches that the request leases.
-        resting: Where the request's prefill rests, if it does.
+        resting: Pause at which the request's prefill is interrupted, if it is.
         stalled: Seconds that prefills of others have taken since the request's last step.
         decodes: Whether the request has yielded a step.
         held: Number of turns that the pass in `wanted` has waited for those of smaller models.
@@ -60,7 +60,7 @@ class Ticket:
 
         Stores an exception of the request; one that is not an Exception, such as KeyboardInterrupt, is raised as well.
 
-        on: After a step, run on to the next pass, step or end.
+        on: After a step, continue to the next pass, step or end.
         """
         try:
             item = self._next(self.rows)
@@ -68,7 +68,7 @@ class Ticket:
                 self._next(None)
         except StopIteration:
             self.done = True
-        except BaseException as error:  # the reader must not take the steps so far for a whole answer
+        except BaseException as error:  # the reader must not mistake the steps so far for a whole answer
             self._ended_by(error)
             if not isinstance(error, Exception):
                 raise

@@ -1,4 +1,4 @@
-"""Check that strategies of plugins leave alone what the requests of a session share."""
+"""Check that strategies of plugins do not change what the requests of a session share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specvlm.strategies.fence import is_ours, label_of
 
 
 def compared(snapshot: Snapshot) -> tuple[list[str], list[str]]:
-    """Do what `Snapshot.undo` does, also if a plugin has replaced the objects to compare."""
+    """Call `Snapshot.undo`; works even if a plugin has replaced the objects to compare."""
     try:
         return snapshot.undo()
     except Exception as error:
@@ -22,7 +22,7 @@ def compared(snapshot: Snapshot) -> tuple[list[str], list[str]]:
 
 
 def blame(strategies: Sequence[Strategy], names: Sequence[str]) -> str:
-    """Say who changed what: the strategies of plugins, or all if there are none. Lists three names, counts the rest."""
+    """Build the message for a change. Lists the plugins' strategies, or all if there are none, and three names."""
     foreign = [one for one in strategies if not is_ours(one)]
     who = " or ".join(map(label_of, foreign or strategies))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -30,13 +30,13 @@ def blame(strategies: Sequence[Strategy], names: Sequence[str]) -> str:
 
 
 class Watch:
-    """Compares models, caches, engine, code and settings from before a plugin's strategy runs with those after it.
+    """Compares models, caches, engine, code and settings before and after a plugin's strategy runs.
 
     A request fails if they changed while it ran, whether or not it is the one that the strategy belongs to. Code and
     settings are restored. If models, caches or the engine have changed, all later requests fail too.
 
-    A comparison reads all weights, and is only made while a plugin's strategy takes part in a request. A plugin's thread
-    that acts later is not found.
+    A comparison reads all weights, so it is made only if a plugin's strategy takes part in a request. Changes that a
+    plugin's thread makes later are not found.
     """
 
     def __init__(self, models: Iterable[VideoLM], caches: CachePool, engine: object) -> None:

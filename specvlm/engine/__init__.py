@@ -1,7 +1,7 @@
 """Engines, which run the steps of the decoding loop: `eager` on any device, `graphs` on recent NVIDIA GPUs.
 
 The eager engine runs Hugging Face's modules; the other one replays CUDA graphs, and needs compute capability 9.0. An
-engine outlives requests and may serve several at once. It holds no state of a request, only what all may use, such as
+engine outlives requests and may serve several at once. It holds no state of a request, only shared objects such as
 captured graphs, keyed by shape and cache.
 """
 

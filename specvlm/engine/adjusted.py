@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class AdjustedLogits(RepetitionPenalty):
     """Repetition penalty, then the request's own rule, which sees the answer up to each node.
 
-    A rule is a function of the answer so far and the logits. So each node gets the very logits that the target alone
+    A rule is a function of the answer so far and the logits. So each node gets exactly the logits that the target alone
     would get there, and the output stays the target's own. The drafter does not know the rule.
     """
 
@@ -49,6 +49,6 @@ class AdjustedLogits(RepetitionPenalty):
 
 
 def penalty_for(target: VideoLM, prompt: VideoPrompt, options: GenerationOptions) -> RepetitionPenalty:
-    """Make a request's changes to the target's logits. They have seen the prompt."""
+    """Make the changes that a request applies to the target's logits. The prompt's tokens count as seen."""
     plain = RepetitionPenalty.of(target, prompt, options.repetition_penalty)
     return plain if options.adjust is None else AdjustedLogits(plain.factor, plain.seen_V, options.adjust)

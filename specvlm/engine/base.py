@@ -39,7 +39,7 @@ class Request:
         penalty: Repetition penalty, which knows the tokens so far.
         generator: Source of the request's random numbers.
         stop_ids: Token ids that end the answer.
-        mark: Called with "capture" when a step was captured before it ran, to time the capture apart.
+        mark: Called with "capture" when a step was captured before it ran, to time the capture separately.
         video_ND: (N, D) last hidden states of the video tokens, scaled to unit length, for a verifier that reads hidden
             states.
         lossless: Whether the verifier claims to be lossless. If not, `strict_ends` decides where the answer ends.
@@ -83,7 +83,7 @@ class Submitted:
 
     @property
     def done(self) -> bool:
-        """Whether it is no use to wait: the answer is there, or the check only starts with `Engine.answer`."""
+        """Whether there is nothing to wait for: the answer is there, or the check only starts with `Engine.answer`."""
         return True
 
 
@@ -103,12 +103,12 @@ class Engine:
     def run(self, passes: Sequence[Any]) -> list[Any]:
         """Run passes of one model, as one batch if possible. Returns the rows of each.
 
-        An engine may yield steps of its own instead of passes; it is then given those, and returns their results.
+        An engine may yield steps of its own instead of passes. `run` then receives these steps.
         """
         return run_joined(passes[0].model, passes)
 
     def finish(self, work: Work[T] | T) -> T:
-        """Run a generator of passes to its end and return its result. A plain value is returned as it is."""
+        """Run a generator of passes to its end and return its result. A plain value is returned unchanged."""
 
         def run(item: Any) -> Any:
             return finished(self.call(item, lambda part: None), run) if isinstance(item, Call) else self.run([item])[0]
@@ -139,10 +139,10 @@ class Engine:
         Args:
             target: The target.
             prompt: The prompt.
-            inputs: Embeddings and positions of its tokens behind those whose rows the cache holds.
+            inputs: Embeddings and positions of its tokens after those whose rows the cache holds.
             cache: The cache.
             collector: As in `VideoLM.prefilling`.
-            refill: Of an exact engine: writes rows behind the video that are known, once signals have been collected.
+            refill: Used by an exact engine: writes the known rows after the video, once signals have been collected.
         """
         hidden_D = yield from target.prefilling(*inputs, cache, prompt.cut, collector, joints=prompt.joints)
         return target.head(hidden_D[None])
@@ -257,7 +257,7 @@ def first_token(request: Request, logits_1V: Tensor) -> int:
 
 
 def strict_ends(request: Request, verdict: Verdict, tree: DraftTree, logits_MV: Tensor, slot: int) -> Verdict:
-    """Cut a lossy rule's verdict so that the answer does not end, or go on, against the target's choice.
+    """Cut a lossy rule's verdict so that the answer does not end, or continue, against the target's choice.
 
     After each node of the path, compare the verdict's next token with the target's own choice: its argmax, or a draw
     from its distribution when sampling. If they differ and either is a stop id, end the path there and take the

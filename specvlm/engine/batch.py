@@ -53,7 +53,7 @@ LAYOUTS = 64  # maximum number of layouts kept; shapes recur every round
 
 
 class Uncaptured(Exception):
-    """A program was to be captured, and is not."""
+    """A program cannot be captured."""
 
 
 def why_not_joined(lean: LeanText) -> str | None:
@@ -69,7 +69,7 @@ def bytes_for(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
     """Estimate the bytes that a model's joined passes hold on a GPU: attention in parts, and logits of five programs.
 
     Args:
-        model: May be a skeleton.
+        model: The model, which may be a skeleton.
         slots: Slots of the longest cache.
         dtype: Dtype of the logits.
     """
@@ -87,12 +87,11 @@ class Batch:
     """Runs passes and checks of several requests of one model.
 
     Args:
-        lean: The model's lean pass, which `why_not_joined` admits.
-        engine: Keeps the programs; a weak reference will do.
+        lean: The model's lean pass, which `why_not_joined` accepts.
+        engine: Keeps the programs; may be a weak reference.
 
     Attributes:
-        lock: Held by a thread from before it runs a pass until it has read the results: threads share the programs, and
-            so their buffers.
+        lock: Held by a thread while it runs a pass and reads the results, since threads share the programs' buffers.
     """
 
     def __init__(self, lean: LeanText, engine: Keeper) -> None:
@@ -119,9 +118,10 @@ class Batch:
             read(numbers[start:end])
 
     def _decided(self, checks: Sequence[Check]) -> list[tuple[Callable[[Sequence[int]], None], Tensor]]:
-        """Run the trees of some checks as one pass. Returns what decides them, and who reads that on the host.
+        """Run the trees of some checks as one pass. Returns (function, tensor) pairs: the function sets the answers.
 
-        That is a copy: the next pass overwrites the rows. Checks that fail are left out.
+        It takes the tensor's numbers, read on the host. The tensor is a copy, since the next pass overwrites the rows.
+        Checks that fail are left out.
         """
         found = list[tuple[Callable[[Sequence[int]], None], Tensor]]()
         with suppress(Exception):
@@ -136,13 +136,13 @@ class Batch:
         return found
 
     def captured(self, key: tuple[Hashable, ...], build: Callable[[str], Program], what: str, kind: Hashable) -> Program | None:
-        """Return the program of a key. None, told once, if it cannot be captured; then it is not tried again.
+        """Return the program of a key. None, with one warning, if it cannot be captured; then it is not tried again.
 
         Args:
-            key: As for `GraphsEngine.program`, and so is `build`.
-            build: May raise Uncaptured.
-            what: Says what runs otherwise.
-            kind: What is not tried again. If memory runs out, that is the key alone.
+            key: As for `GraphsEngine.program`.
+            build: As for `GraphsEngine.program`. May raise Uncaptured.
+            what: Says in the warning what happens instead.
+            kind: Kind of program that is not tried again. If memory runs out, only the key is not.
         """
         if not self._failed.isdisjoint((key, kind)):
             return None
@@ -160,18 +160,18 @@ class Batch:
         """Run passes of at most `LeanText.most` rows and REQUESTS requests together as one. Called with the lock.
 
         Args:
-            passes: The passes, each of another cache. Their rows fit.
-            fixed: Whether nobody changes the tensors `depths_Q` and `seen_QT` once they are made.
+            passes: The passes, each on a different cache, which has room for its rows.
+            fixed: Whether the tensors `depths_Q` and `seen_QT` never change, so that layouts can be reused.
             copy: Copy the results, for a caller that runs another pass before it reads them.
 
         Raises:
-            Uncaptured: It cannot be captured.
+            Uncaptured: The pass cannot be captured.
         """
         outputs, _ = self._outputs(passes, fixed)
         return self.split(passes, [part.clone() for part in outputs] if copy else outputs)
 
     def _outputs(self, passes: Sequence[Pass], fixed: bool) -> tuple[list[Tensor], Tensor]:
-        """Run passes as `run` does. Returns what `split` takes, and the argmax (Q,). The next pass overwrites them."""
+        """Run passes as `run` does. Returns the input of `split` and the argmax (Q,). The next pass overwrites both."""
         shape = Shape.of(passes)
         key = ("batch", *shape)
         program = self.captured(key, partial(self._build, shape), "passes of several requests run one by one", key)
@@ -224,14 +224,14 @@ class Batch:
         return self._frames[shape, counts]
 
     def _numbers(self, values: Sequence[int | Tensor], spare: int) -> Tensor | list[int]:
-        """Join integers, on the host if all are there, or (1,) tensors on the device; add zeros for spare requests."""
+        """Join integers, on the host if all of them are, or (1,) tensors on the device, with zeros for spare ones."""
         if all(isinstance(value, int) for value in values):
             return [*map(int, values), *[0] * spare]
         each = [value if isinstance(value, Tensor) else torch.tensor([value], device=self.device) for value in values]
         return torch.cat([*each, *self._zeros(spare)])
 
     def _joined(self, parts: Sequence[Tensor | list[int]]) -> Tensor | list[int]:
-        """Join integers, on the host if all are there: then the program copies them at once, without blocking."""
+        """Join integers, on the host if all of them are: then the program copies them at once, without blocking."""
         if all(isinstance(part, list) for part in parts):
             return [number for part in parts for number in part]
         return torch.cat([part if isinstance(part, Tensor) else torch.tensor(part, device=self.device) for part in parts])
@@ -241,7 +241,7 @@ class Batch:
         return [torch.zeros(count, dtype=torch.int64, device=self.device)] if count else []
 
     def layout(self, shape: Shape, passes: Sequence[Pass], fixed: bool) -> Layout:
-        """Make the layout of passes, or return the one that was made of the same shapes before."""
+        """Make the layout of passes, or return one that was made for the same shapes before."""
         key = (shape, *((len(one), one.at, _key(one.depths_Q), _key(one.seen_QT)) for one in passes))
         if fixed and key in self._layouts:
             self._layouts.move_to_end(key)
@@ -271,7 +271,7 @@ def pass_of_many(
 def _with_best(
     lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, numbers: Tensor, *tables: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, one after the other. Returns the argmax (Q,), too."""
+    """Run a joined pass. numbers: `where`, `base_B` and `offset_B`, concatenated. Also returns the argmax (Q,)."""
     count = len(numbers) // 5
     logits_QV, *hidden = pass_of_many(
         lean, anchor, kv_heads, longest, tokens_Q, *numbers.split([3 * count, count, count]), *tables
@@ -289,5 +289,5 @@ def _rows(parts: Sequence[Tensor]) -> Any:
 
 
 def _key(value: Tensor | Sequence[int] | None) -> Hashable:
-    """Return what two passes with equal tables share."""
+    """Return a key that is equal for equal tables."""
     return id(value) if isinstance(value, Tensor) else None if value is None else tuple(value)

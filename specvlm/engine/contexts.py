@@ -1,4 +1,4 @@
-"""Where the rows of several requests' joined pass lie: tables that the kernels read from the device.
+"""Tables that tell kernels where the rows of a joined pass of several requests are.
 
 Each request keeps its own caches. The tables hold their addresses, so a captured pass serves any caches: passes are
 captured per `Shape`, not per request.
@@ -32,7 +32,7 @@ BLOCK = 64  # query rows of a KV head that read the shared keys together: rows o
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Tables of a joined pass that depend on the shapes of its parts alone, not on caches or tokens.
+    """Tables of a joined pass that depend only on the shapes of its parts, not on caches or tokens.
 
     Padding rows belong to request -1: they write nothing, and attend to nothing.
 
@@ -63,11 +63,11 @@ class Contexts:
     """A layout, and where the caches of its requests are.
 
     Attributes:
-        anchor: Tensor of the caches' dtype; addresses are counted from its own.
-        table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT bytes;
-            slots of the cache; slot `base`.
-        layout: What does not depend on the caches.
-        longest: No cache has more slots.
+        anchor: Tensor of the caches' dtype; addresses are relative to its address.
+        table_B4: (B, 4) int64: addresses of the keys and of the values relative to the anchor's, in units of UNIT
+            bytes; slots of the cache; slot `base`.
+        layout: Tables that do not depend on the caches.
+        longest: Upper bound on the slots of a cache.
         kv_heads: Number of KV heads.
     """
 

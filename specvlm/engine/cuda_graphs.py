@@ -78,9 +78,9 @@ class GraphsEngine(Engine):
         collector: AttentionCollector | None = None,
         refill: Callable[[], None] | None = None,
     ) -> Pauses[Tensor]:
-        """Prefill as the eager engine does; of an exact model, as `exact_prefilling` does.
+        """Prefill as `exact_prefilling` does if the model is exact, else as the eager engine does.
 
-        A prompt without a video, none of which could be kept, has the eager engine's result alone.
+        A prompt without a video is always prefilled as by the eager engine, since no beginning of it could be reused.
         """
         lean = self.lean(target)
         if not prompt.cut or prompt.text == len(prompt) or lean is None or not self.exact(target):
@@ -98,7 +98,7 @@ class GraphsEngine(Engine):
         return (yield from self.answer(self._check_of(request, tree)))
 
     def submit(self, request: Request, tree: DraftTree) -> Jobs[Submitted]:
-        """Start a check. Where checks of several requests run as one, that also waits for it."""
+        """Start a check. If checks of several requests run as one, also waits for it."""
         check = self._check_of(request, tree)
         if isinstance(check, Check):
             check.waits = False
@@ -220,7 +220,7 @@ class GraphsEngine(Engine):
 
     def exact(self, model: VideoLM) -> bool:
         lean = self.lean(model)
-        # Sums over ranks may go by another order where the fused kernel has no room for the rows.
+        # Sums over ranks may have another order if the fused kernel has no room for the rows.
         return lean is not None and lean.ops is not ops and model.ranks.size == 1
 
     def tree_rows(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Jobs[Rows]:
@@ -265,7 +265,7 @@ class GraphsEngine(Engine):
 
         Args:
             key: What the program depends on, besides the owner. The first item is the kind: "check", "draft", …
-            owner: KV cache that the program works on; of a joined pass, which works on any, the model's lean pass.
+            owner: KV cache that the program works on. For a joined pass, which works on any cache, the lean pass.
             build: Makes the program for a backend. Once an owner has MOST programs of a kind, that is "direct", and the
                 program is not kept.
         """
@@ -290,7 +290,7 @@ class GraphsEngine(Engine):
 
 
 def _kind(key: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    """Return what programs counted together for MOST share: the first item, and of routines the function."""
+    """Return the kind of a program, by which MOST limits them: the key's first item, and a routine's function."""
     return key[:3:2] if key[0] == "draft" else key[:1]
 
 

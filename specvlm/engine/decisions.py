@@ -33,7 +33,7 @@ def pass_for(check: Check) -> Pass:
 
 @lru_cache(MASKS)
 def _mask_of(parents: tuple[int, ...]) -> Tensor:
-    """Make a tree's mask. Layouts are kept: what a plugin writes to `DraftTree.mask`, which it can reach, must not stay."""
+    """Make a new mask. A plugin could write to `DraftTree.mask`, and layouts would keep what it wrote."""
     return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined]
 
 
@@ -61,14 +61,14 @@ def answer(check: Check, numbers: Sequence[int]) -> None:
 
 
 def verdict_of(check: Check, last: int, bonus: int) -> Verdict:
-    """Make the verdict of the two integers of `Verifier.decide`. Raises what the verifier does, or StrategyError."""
+    """Convert the two integers of `Verifier.decide` to a verdict. Raises what the verifier raises, or StrategyError."""
     verifier, tree = check.request.verifier, check.tree
     with inside(verifier):
         return checked_verdict(verifier, verifier.verdict(last, bonus, tree), tree, check.model.vocabulary)
 
 
 def follow(checks: Sequence[Check], numbers: Sequence[int]) -> None:
-    """Set the answers of checks that follow the argmax. numbers: that of all their nodes, then the tokens of these."""
+    """Set the answers of checks that follow the argmax. numbers: the argmax of all their nodes, then the tokens."""
     best, tokens, end = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :], 0
     for check in checks:
         tree, start, end = check.tree, end, end + len(check.tree.parents)

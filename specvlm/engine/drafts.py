@@ -38,7 +38,7 @@ def routine_of(lean: LeanText, call: Call, *inputs: Tensor) -> tuple[Tensor, ...
 
 
 def _work_of(call: Call) -> tuple[object, ...]:
-    """Return what routines that do the same work share."""
+    """Return a key that is equal for routines that do the same work."""
     return call.ours, call.routine.function, *call.routine.key
 
 
@@ -66,7 +66,7 @@ def _pass_by_pass(batch: Batch, calls: Sequence[Call]) -> list[tuple[Tensor, ...
 
 
 def _alone(batch: Batch, one: Pass) -> Rows | Exception:
-    """Run one pass. Returns what it raises."""
+    """Run one pass. If it raises an exception, return that."""
     try:
         return run_pass(batch.lean, one)
     except Exception as error:
@@ -88,7 +88,7 @@ def _program_of(batch: Batch, calls: Sequence[Call]) -> Program | None:
         examples = [torch.stack(each) for each in zip(*(call.routine.inputs for call in calls), strict=True)]
         kept: list[Layout] = []
         fn = partial(_side_by_side, batch, first, count, (longest, shown), kept)
-        # A graph keeps alive neither the layouts nor the tables of the routine.
+        # A graph does not keep the layouts and the routine's tables alive.
         return batch.engine.capture(fn, [*tables, *examples], backend, (first.routine.work, kept))
 
     function = first.routine.function
@@ -110,7 +110,8 @@ def _side_by_side(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Run `count` calls of equal routines as a function of device tensors, for capture.
 
-    slots: Slots that no cache exceeds, and slots that the routine is told. kept: Layouts that are captured are added.
+    slots: Upper bound on the slots of a cache, and the capacity that the routine sees. kept: Captured layouts are
+    added.
     """
     device, works, (longest, shown) = batch.device, [], slots
     for number, state in enumerate(states.view(count, -1)):
@@ -140,14 +141,14 @@ class _CacheByAddress:
     Attributes:
         where: Addresses of the caches of all calls (see `contexts.addresses`).
         number: Number of the call.
-        capacity: Slots that the routine is told: no more than the cache has, unless the routine is specvlm's own.
+        capacity: Slots that the routine sees: no more than the cache has, unless the routine is specvlm's own.
     """
 
     def __init__(self, batch: Batch, where: Tensor, number: int, capacity: int) -> None:
         self.batch, self.where, self.number, self.capacity = batch, where, number, capacity
 
     def move(self, base_1: Tensor, path_D: Tensor) -> None:
-        """Do as `KVCache.move`."""
+        """Move rows as `KVCache.move` does."""
         batch = self.batch
         heads = len(batch.lean.layers) * batch.kv_heads
         batch.lean.ops.move(batch.anchor, self.where, self.number, base_1, path_D.contiguous(), heads, batch.lean.width)

@@ -1,4 +1,4 @@
-"""Prefill whose rows behind the video do not depend on each other's number."""
+"""Prefill in which the rows after the video do not depend on how many they are."""
 
 from __future__ import annotations
 

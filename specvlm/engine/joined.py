@@ -1,7 +1,7 @@
 """Passes through Hugging Face's modules: several requests' passes of one model run as one.
 
 The rows of all passes go through every linear layer together, one after another in one sequence. Attention runs per
-pass, over its own cache, so nothing is padded or copied, and it is the arithmetic that the pass has alone.
+pass, over its own cache, so nothing is padded or copied, and its arithmetic is that of a pass run alone.
 
 Shape suffixes: R rows of all passes, Q rows of a pass, K keys of a pass, T slots from its `base` on, H heads, D hidden
 size or head width, A rotary axes.
@@ -70,7 +70,7 @@ class _Joined:
         self._each = list(zip((one.cache for one in passes), self.rows, self.starts, masks, strict=True))
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write a layer's (1, H, R, D) rows to each pass's own cache. Returns them: `parts` gives what they attend to."""
+        """Write a layer's (1, H, R, D) rows to each pass's cache. Returns them unchanged; attention uses `parts`."""
         for cache, rows, start, _mask in self._each:
             keys, values = cache.layer(layer_idx)
             end = start + rows.stop - rows.start

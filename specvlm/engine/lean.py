@@ -31,7 +31,7 @@ from specvlm.parallel.ranks import local_shard
 Watch: TypeAlias = Callable[[int, Tensor], None]
 ROWS = 64  # maximum number of rows per pass that the kernels are tuned for
 JOINED = 128  # the same for passes of several requests
-# Modules of transformers with the language models that the pass computes. Equal names of layers prove nothing elsewhere:
+# Modules of transformers with the language models that the pass computes. In others, equal layer names prove nothing:
 # Granite scales what its layers add, Gemma's norms multiply by 1 + weight.
 KNOWN = frozenset(
     f"transformers.models.{name}.modeling_{name}"
@@ -128,7 +128,7 @@ class Place(NamedTuple):
     def rope(
         self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
     ) -> Tensor:
-        """Turn queries and keys, and write keys and values to layer `index` of the cache. Returns queries (Q, H, D)."""
+        """Rotate queries and keys, and write keys and values to cache layer `index`. Returns queries (Q, H, D)."""
         keys, values = (store[0] for store in self.cache.layer(index))
         given = (keys, values, self.base, self.at, heads, layer.norms, layer.eps)
         q_QHD: Tensor = ops.rope(parts_SQN, layer.biases, *turns, *given)
@@ -137,7 +137,7 @@ class Place(NamedTuple):
         return q_QHD
 
     def attend(self, ops: ModuleType, index: int, q_QHD: Tensor, scale: float, kind: str) -> Any:
-        """Attend from each row to what it sees of layer `index`."""
+        """Attend from each row to the slots of layer `index` that it sees."""
         keys, values = (store[0] for store in self.cache.layer(index))
         seen_QT, ways_QP, above_Q = self.sight
         if ways_QP is None:
@@ -146,7 +146,7 @@ class Place(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the rows of several requests' joined pass lie. Needs the Triton kernels. Methods as those of `Place`."""
+    """Where the rows of several requests' joined pass are. Needs the Triton kernels. Same methods as `Place`."""
 
     contexts: Contexts
 

@@ -73,7 +73,7 @@ class Experts:
         router: (E, K) weights of the router.
         gate_up: (E * 2 F, K) weights of all experts, for each gate before up.
         down: (E * K, F) weights.
-        chosen: Number X of experts of each row. Their chances are scaled to sum to 1.
+        chosen: Number X of experts per row. Their probabilities are scaled to sum to 1.
     """
 
     router: Weight
@@ -81,11 +81,11 @@ class Experts:
     down: Weight
     chosen: int
 
-    KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # classes of Hugging Face that choose and weigh experts so
+    KNOWN: ClassVar = ("Qwen3VLMoeTextSparseMoeBlock",)  # Hugging Face's classes that choose and weight experts in this way
 
     @classmethod
     def of(cls, layer: Any) -> Experts | None:
-        """Wrap a Hugging Face layer. None if it is no mixture of experts, or one of another kind."""
+        """Wrap a Hugging Face layer. None if it is not a mixture of experts, or one of another kind."""
         if type(layer).__name__ not in cls.KNOWN:
             return None
         router, experts = layer.gate, layer.experts
@@ -141,7 +141,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor]:
-    """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
+    """Like `add_norm`, but sum the parts over ranks. Each rank rounds its sum first, as in Hugging Face's modules."""
     return add_norm(x_QK, ranks.sum(whole(parts_SQK, torch.empty_like(x_QK)))[None], weight_K, eps, kind)
 
 

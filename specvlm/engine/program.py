@@ -124,7 +124,7 @@ class Program:
 
 
 class Keeper(Protocol):
-    """What steps need of their engine, which makes programs and keeps them (see `GraphsEngine`)."""
+    """The part of an engine that steps use: making programs and keeping them (see `GraphsEngine`)."""
 
     backend: str
     capture_s: float
@@ -137,7 +137,7 @@ class Keeper(Protocol):
 
 
 def untested(device: torch.device) -> str:
-    """Return a note if the kernels were never run on a GPU of this age, else an empty string."""
+    """Return a note if the kernels were never run on a GPU of this generation, else an empty string."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if capability >= (9, 0):
         return ""
@@ -147,7 +147,7 @@ def untested(device: torch.device) -> str:
 def why_not_captured(device: torch.device) -> str | None:
     """Say why steps on a device cannot be captured; None if they can."""
     if device.type != "cuda":
-        return f"{device} is no CUDA device"
+        return f"{device} is not a CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, 8.0 is needed"

@@ -1,4 +1,4 @@
-"""The torch operations of a function, recorded once, to run again without the Python between them."""
+"""Record the torch operations of a function once, to run them again without the Python code between them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class _Slot(int):
-    """Number of a tensor that an input or an operation gives."""
+    """Number of a tensor that is an input or the result of an operation."""
 
 
 class Recorded(TorchDispatchMode):
-    """The operations that `fn` runs on these inputs. Called with others, it runs the same operations on those.
+    """The operations that `fn` runs on these inputs. Called with other inputs, it runs the same operations on those.
 
-    Tensors from elsewhere, such as weights and caches, stay those that they were, as in a CUDA graph.
+    Other tensors, such as weights and caches, stay the same objects, as in a CUDA graph.
 
     Raises:
         RuntimeError: `fn` reads a tensor on the host.
@@ -61,7 +61,7 @@ class Recorded(TorchDispatchMode):
         return self._slots[id(value)]
 
     def _numbered(self, values: Any) -> Any:
-        """Put slots in place of tensors that have one."""
+        """Replace tensors by their slots, if they have one."""
         return tree_map(lambda value: self._slots.get(id(value), value) if isinstance(value, Tensor) else value, values)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:

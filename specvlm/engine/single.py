@@ -1,4 +1,4 @@
-"""Check one request's tree by captured programs: started first, then waited for.
+"""Check one request's tree with captured programs: start it, then wait for it.
 
 Shape suffixes: M tree nodes.
 """
@@ -21,7 +21,7 @@ from specvlm.types import DraftTree, Verdict
 
 
 def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
-    """Start the check of one request's tree. Returns what `decide` reads, on the device."""
+    """Start the check of one request's tree. Returns the integers that `decide` takes, still on the device."""
     request, tree, numbers = check.request, check.tree, check.numbers
     target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
     device, count, base = target.head_device, len(tree), cache.length
@@ -67,7 +67,7 @@ def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
 
 
 def decide(check: Check, numbers: list[int]) -> tuple[Verdict, list[int]]:
-    """Return the answer of a check from what `start` found, and cut the cache to the accepted path."""
+    """Return the answer of a check from the integers of `start`, and cut the cache to the accepted path."""
     last, bonus, *tokens = numbers
     verdict = verdict_of(check, last, bonus)
     check.request.cache.length += len(verdict.path)
@@ -89,7 +89,7 @@ def _stage_pass(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, ca
 
 
 def _stage_move(engine: Keeper, number: int, lean: LeanText, tree: DraftTree, cache: KVCache) -> Program:
-    """Return the program that compacts such a stage's cache after the verdict."""
+    """Return the program that compacts a stage's cache after the verdict, for stages other than the last."""
     device = lean.stages[number].device
 
     def build(backend: str) -> Program:

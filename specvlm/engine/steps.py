@@ -1,4 +1,4 @@
-"""Steps that requests ask a captured engine to run, and how those of several requests are put together.
+"""Steps that requests ask a capturing engine to run, and functions that combine those of several requests.
 
 Shape suffixes: Q rows of a pass, V vocabulary.
 """
@@ -36,7 +36,7 @@ class Check(Submitted):
         answer: The answer, once there is one. A step changes its request's cache, so it must not run twice: if another
             step fails, all are repeated one by one, but not those with an answer.
         waits: Whether the engine may wait for the answer. False: it only starts the check.
-        decided: The decision on its way to the host, once the check has started.
+        decided: The decision, which is being copied to the host, once the check has started.
     """
 
     numbers: Tensor | None = None
@@ -110,7 +110,7 @@ def grouped(items: Sequence[T], rows: Callable[[T], int], most: int) -> Iterator
 
 
 def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
-    """Return a pass of a plugin's routine, its slots clamped to the cache: the host cannot check what is on the device.
+    """Clamp the slots of a plugin's pass to its cache, since the host cannot check values on the device.
 
     capacity: Slots of the cache, if only the device knows them.
     """
@@ -123,9 +123,9 @@ def clamped(one: Pass, capacity: Tensor | None = None) -> Pass:
 def side_by_side(
     works: Sequence[Passes[R]], run: Callable[[Sequence[tuple[int, Pass]]], Sequence[Rows | Exception]]
 ) -> list[R]:
-    """Run generators of passes in step: all that yield one are resumed with its rows. Returns their results.
+    """Run generators of passes in lockstep: run all passes that they yield, then resume them. Returns their results.
 
-    run: Maps numbers of generators with the passes that they yield to the rows of these, or to what to raise there.
+    run: Maps (generator's number, its pass) pairs to the rows of each pass, or to an exception to raise in it.
     """
     found: dict[int, R] = {}
     answers: dict[int, Rows | Exception | None] = dict.fromkeys(range(len(works)))

@@ -107,8 +107,8 @@ def probe(cfg: RunConfig) -> tuple[bool, list[Counts], dict[str, object]]:
     """Load the target, count differences in all arithmetics, and print a table.
 
     Returns:
-        Whether the engine claims to be exact, the counts, and the facts about the run that go with them: target, dtype,
-        device, engine, numbers of tokens.
+        Whether the engine claims to be exact, the counts, and facts about the run: target, dtype, device, engine,
+        numbers of tokens.
     """
     screen = RunConsole()
     setup = set_up(cfg, places_of(cfg))
@@ -148,7 +148,7 @@ def arithmetics(target: VideoLM, engine: Engine) -> Iterator[tuple[str, Append]]
 def appended(target: VideoLM, additive: bool, tokens_Q: Tensor, cache: KVCache) -> Tensor:
     """Append tokens to a cache through Hugging Face's modules; returns (Q, V) logits.
 
-    The mask is explicit: without one, SDPA takes the first row for the first of the whole sequence.
+    The mask is explicit: without one, SDPA treats the first row as the first of the whole sequence.
 
     additive: Use a mask that is added to the scores, as eager attention needs, instead of a boolean mask.
     """
@@ -215,7 +215,7 @@ def show(screen: RunConsole, counts: Sequence[Counts], about: dict[str, object])
         cells = [f"{n / by_name[name].positions:.1%}" for name in names for n in (by_name[name].bits, by_name[name].best)]
         table.add_row(str(rows), *cells)
     say = screen.console.print
-    say("{target}, {dtype} on {device}: {positions} positions behind {prompt_tokens} tokens".format(**about))
+    say("{target}, {dtype} on {device}: {positions} positions after {prompt_tokens} tokens".format(**about))
     say("share of positions whose logits, and whose best token, differ from those of a pass of one row:")
     say(table)
     claim = "exact by construction" if about["exact"] else "not exact by construction here"

@@ -14,9 +14,9 @@ along its path, and the expected number of accepted guesses is the sum over all 
 M most probable nodes. Greedy search finds it, since no node is more probable than its parent. A rank that was never
 tried counts as never accepted, so the tree grows only where the runs looked.
 
-The fit is judged on held-out data: every second run or sample, or every second round of a single one. A tree is fitted to
-the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that is
-written is fitted to all data.
+The fit is judged on held-out data: every second run or sample, or every second round of a single one. A tree is fitted
+to the rest, and its expected acceptance on the held-out part is compared with that of the paper's tree. The tree that
+is written is fitted to all data.
 """
 
 if __name__ == "__main__":
@@ -47,11 +47,11 @@ Paths = list[list[int]]  # nodes of a tree, each as the ranks on its path from t
 
 @dataclass(frozen=True)
 class Round:
-    """One round.
+    """A recorded round.
 
     Attributes:
         ranks: Rank of the accepted guess at each depth, among the guesses with the same parent, from 0.
-        widths: Number of guesses tried at each depth. One entry more: the last is below the last accepted guess.
+        widths: Number of guesses tried at each depth. It has one entry more, for those below the last accepted guess.
     """
 
     ranks: tuple[int, ...]
@@ -76,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[list[Round]]:
     for folder in folders:
         jobs = sorted({file.parent for file in folder.rglob("steps*.jsonl")})
         if not jobs:
-            raise UserError(f"{folder} has no steps.jsonl; it is no folder of a run, a job or a sweep")
+            raise UserError(f"{folder} has no steps.jsonl; it is not a folder of a run, a job or a sweep")
         before = len(runs), sum(map(len, runs.values()))
         for job in jobs:
             for key, rounds in ranked(job).items():
@@ -160,9 +160,9 @@ def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
 
 
 def report(runs: Sequence[list[Round]], tree: Paths, nodes: int, depth: int | None) -> list[str]:
-    """Report the fit in lines. The last line says whether the fit beats the paper's tree.
+    """Report the fit as lines of text. The last line says whether the fit beats the paper's tree.
 
-    tree: fitted to all runs. The report also fits one to part of them, to judge it on the rest.
+    tree: The tree fitted to all runs. The report also fits one to a part of them and judges it on the rest.
     """
     fitted, held, how = split(runs)
     lines = [f"{sum(map(len, runs))} rounds of {len(runs)} runs; held out: {how} ({len(held)} rounds)"]

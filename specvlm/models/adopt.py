@@ -18,21 +18,22 @@ from specvlm.models.video_lm import VideoLM
 def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> VideoLM:
     """Wrap a loaded Hugging Face model as a VideoLM that shares its weights.
 
-    The modules are copied without their tensors, since ours need another attention function than the caller's. So move
-    the model to its device before, and do not replace modules of it afterwards.
+    The modules are copied without their tensors, since ours need a different attention function. So move the model to
+    its device first, and do not replace its modules afterwards.
 
     Args:
         hf: The model, in eval mode.
-        folder: Folder or name on the hub, for tokenizer and preprocessing; by default the one it was loaded from.
+        folder: Folder or hub name to read the tokenizer and preprocessing settings from; by default the one that the
+            model was loaded from.
         mrope: As in `VideoLM`.
 
     Raises:
-        UserError: The model's family is not supported, it computes something else than its weights say (`check_plain`),
-            or the folder cannot be used.
+        UserError: The model's family is not supported, the model is wrapped or hooked (`check_plain`), or the folder
+            cannot be used.
     """
     model_type = getattr(getattr(hf, "config", None), "model_type", None)
     if model_type is None or not hasattr(hf, "generation_config"):
-        raise UserError(f"{type(hf).__name__} is no Hugging Face model: give one, a folder, or a name on the hub")
+        raise UserError(f"{type(hf).__name__} is not a Hugging Face model: give one, a folder, or a name on the hub")
     check_states(type(hf).__name__, hf.config)
     family = families.find(model_type)
     check_plain(hf)
@@ -40,7 +41,7 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
     check_windows(held, hf.config)
     attention.register()
     own = twin(hf)
-    with explained(f"{held}: no model can be made of this {type(hf).__name__}"):
+    with explained(f"{held}: this {type(hf).__name__} cannot be used"):
         own.set_attn_implementation(attention.IMPLEMENTATIONS)
         if len(stages_of(language_model(own))) > 1:
             settle(own)
@@ -52,11 +53,11 @@ def adopted(hf: Any, folder: str | Path | None = None, mrope: str = "hf") -> Vid
 def check_plain(hf: Any) -> None:
     """Raise UserError unless a copy of the model's modules computes what the model does, now and later.
 
-    Our passes call its layers one by one. So what wraps the model would be lost, as well as hooks, and adapters that may
-    be switched on and off. Hooks of transformers and accelerate change no result.
+    Our passes call its layers one by one, so wrappers, hooks and adapters that can be switched off would have no
+    effect. Hooks of transformers and accelerate are allowed, since they change no result.
     """
     if not isinstance(hf, PreTrainedModel):
-        raise UserError(f"a {type(hf).__name__} wraps a model, which then computes something else: give the model itself")
+        raise UserError(f"a {type(hf).__name__} wraps a model and may change what it computes: give the model itself")
     if hf.training:
         raise UserError("the model is in training mode: call its eval() first")
     if lost := [name for name, tensor in hf.named_parameters() if tensor.is_meta]:
@@ -80,7 +81,7 @@ def twin(hf: Any) -> Any:
 
 
 def _folder_of(hf: Any, folder: str | Path | None) -> Path:
-    """Return the folder of the model's tokenizer and settings. Raises UserError if there is none."""
+    """Return the folder with the model's tokenizer and settings. Raises UserError if it is not known."""
     revision = None
     if folder is None:
         folder = getattr(hf.config, "_name_or_path", "") or ""

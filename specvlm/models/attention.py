@@ -34,12 +34,12 @@ IMPLEMENTATIONS = {"text_config": NAME, "vision_config": VISION}
 
 
 class Part(NamedTuple):
-    """Rows of a joined pass that have keys of their own.
+    """Rows of one request in a joined pass, and that request's keys and values.
 
     Attributes:
-        rows: Which rows of the pass.
-        keys: (1, H, K, D) keys that they attend to, their own last.
-        values: Their values.
+        rows: The request's rows of the pass.
+        keys: (1, H, K, D) keys that they attend to; the rows' own keys are the last ones.
+        values: Values of these keys.
         mask: Mask of the rows over the keys. None: causal.
     """
 
@@ -66,10 +66,10 @@ class AttentionCollector:
         depth: Stop the forward pass after this many layers. None runs all.
         weigh: Maps (Q, D) embeddings of the rows and (N, D) features to (Q,) row weights, for a weighted mean.
         keys: Layer whose keys' L1 norms are collected.
-        states: Collects hidden states.
-        sight: Collects attention of the vision tower.
-        heads: Also keep the mean over rows per KV head, (L, H, N), which takes 33 MB for 64 layers, 8 KV heads and 16,384
-            tokens.
+        states: Probe that collects hidden states.
+        sight: Probe that collects attention of the vision tower.
+        heads: Also keep the mean over rows per KV head, (L, H, N), which takes 33 MB for 64 layers, 8 KV heads and
+            16,384 tokens.
         hidden: Keep the video tokens' last hidden states, (N, D) with D the hidden size.
     """
 
@@ -92,7 +92,7 @@ class AttentionCollector:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows read must be in one pass."""
+        """Whether all rows that are read must be in one pass."""
         return self.rows or self.weigh is not None
 
     @property
@@ -124,20 +124,20 @@ class AttentionCollector:
 
     @property
     def spec(self) -> tuple[object, ...]:
-        """What is collected: collectors of one prompt with equal specs end with equal signals."""
+        """Identifies what is collected: for one prompt, collectors with equal specs collect equal signals."""
         layer = None if self.states is None else self.states.layer
         kinds = (self.rows, self.last_row, self.depth, self.heads, self.hidden, self.sight is not None)
         return (*kinds, self.weigh, self.keys, layer)
 
     @property
     def of_video(self) -> frozenset[str]:
-        """Names of what is recorded while the videos' own rows are computed, in the vision tower or the layers."""
+        """Names of the signals recorded while the videos' own rows are computed, in the vision tower or the layers."""
         layer = None if self.states is None else f"states after {self.states.layer}"
         names = (layer, "sight" if self.sight else None, "hidden" if self.hidden else None)
         return frozenset(name for name in names if name is not None)
 
     def recorded(self) -> dict[str, Tensor]:
-        """Return the (N, ...) records that `of_video` names, so that a later request with the same videos has them."""
+        """Return the (N, ...) records that `of_video` names, to reuse them in later requests with the same videos."""
         found: dict[str, Tensor] = {}
         for name in self.of_video:
             parts = self._hidden if name == "hidden" else self.sight.parts if name == "sight" and self.sight else None
@@ -145,7 +145,7 @@ class AttentionCollector:
         return found
 
     def resume(self, start: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on after videos whose records are known. start: first slot that is still to be computed."""
+        """Continue after videos whose records are known. start: first slot that is still to be computed."""
         for name in self.of_video:
             known = [part[name] for part in parts]
             if name == "hidden":
@@ -156,14 +156,14 @@ class AttentionCollector:
                 self.states.resume(start, known)
 
     def copy(self) -> Self:
-        """Copy the collector with all that it has collected, which strategies may write to."""
+        """Copy the collector and its signals, so that a strategy may write to the copy."""
         other = copy(self)
         other.sight, other.states = copy(self.sight), copy(self.states)
         other.adopt(self)
         return other
 
     def adopt(self, other: Self) -> None:
-        """Copy the signals of a collector with the same spec, which has seen the same prompt."""
+        """Copy the signals that a collector with the same spec collected from the same prompt."""
         for name in ("_mean", "_last", "_weighted", "_norms", "_heads"):
             setattr(self, name, {layer: values.clone() for layer, values in getattr(other, name).items()})
         self._hidden = [part.clone() for part in other._hidden]
@@ -174,7 +174,7 @@ class AttentionCollector:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that has been collected."""
+        """Bytes of all collected signals."""
         kept = (self._mean, self._last, self._weighted, self._norms, self._heads)
         parts = [*(x for found in kept for x in found.values()), *self._hidden, *(self.sight.parts if self.sight else ())]
         return sum(part.nbytes for part in parts) + (self.states.nbytes if self.states else 0)
@@ -184,7 +184,7 @@ class AttentionCollector:
         self._weights_Q = other._weights_Q
 
     def weigh_rows(self, embeds: Tensor | Features, features: Tensor | Features, ranks: ProcessGroup) -> None:
-        """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are not usable."""
+        """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are invalid."""
         if self.weigh is None:
             return
         embeds_QD, features_ND = entering(embeds), entering(features)
@@ -241,7 +241,7 @@ class AttentionCollector:
         return self._hidden[0]
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Reduce over ranks: average the means, since all have equally many heads; add the norms. Leaves `per_head`."""
+        """Average the means over ranks, which have equally many heads, and add up the norms. `per_head` stays local."""
         if ranks.size == 1:
             return
         for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
@@ -290,10 +290,9 @@ def attend(
     parts: Callable[[int], Iterable[Part]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. Without a mask it is causal, and the queries belong to the last of the keys.
+    """Scaled dot-product attention. Without a mask it is causal, and the queries are those of the last keys.
 
-    parts: Gives, for a layer, the rows of each request of a joined pass and the keys of its own that they attend to,
-        instead of `key`, `value` and `attention_mask`.
+    parts: Of a joined pass: maps a layer to one `Part` per request, which replace `key`, `value` and `attention_mask`.
     """
     if parts is not None:
         apart = (attend(module, query[:, :, part.rows], *part[1:], scaling) for part in parts(int(module.layer_idx)))  # type: ignore[arg-type]

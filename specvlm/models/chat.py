@@ -113,7 +113,7 @@ def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str |
 
 
 def checked(messages: Sequence[Message]) -> list[Part]:
-    """Return all parts of a chat, of texts given as such too, in order. Raises UserError for what is no message."""
+    """Return all parts of a chat in order; a plain text is one part. Raises UserError for an invalid message."""
     found: list[Part] = []
     if not messages:
         raise UserError("a chat needs a message")
@@ -128,12 +128,12 @@ def checked(messages: Sequence[Message]) -> list[Part]:
             kinds = '{"type": "text", "text": …}, and video and image alike'
             raise UserError(f"a part of a message must be {kinds}: got {line(repr(part))}")
         if kind == "text" and (not isinstance(part["text"], str) or SURROGATE.search(part["text"])):
-            raise UserError(f"this is no text: {line(repr(part['text']))}")
+            raise UserError(f"expected a text, got {line(repr(part['text']))}")
     return found
 
 
 def bare(messages: Sequence[Message]) -> list[Message]:
-    """Leave the pixels out of a chat."""
+    """Copy a chat's messages without pixels."""
 
     def of(part: Part) -> Part:
         return part if part["type"] == "text" else {"type": part["type"]}

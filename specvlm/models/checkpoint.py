@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 MOST_PARTS = 1000  # maximum number of layers, experts or labels in a config.json, since code loops over them
 PARTS = re.compile(r"^(num|n)_.*(layer|block|stage|expert|label)|layers$|^depths?$")
-LARGEST = 2**31  # largest other whole number in a config.json; the smallest number is its negative
+LARGEST = 2**31  # largest absolute value of any other whole number in a config.json
 SAFELY = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}  # arguments of from_pretrained
 PACKAGES = {"quark": "amd-quark"}  # quantisation methods whose package has a different name
 
@@ -36,8 +36,8 @@ def folder_of(path: str | Path, weights: bool = False, revision: str | None = No
         revision: Branch, tag or commit on the hub; by default its main branch.
 
     Raises:
-        UserError: There is no such model, a folder is given a revision, the folder has no config.json, or it contains a
-            pipe, a device or a text file that is too large.
+        UserError: There is no such model, a revision is given for a folder, the folder has no config.json, or it
+            contains a pipe, a device or a text file that is too large.
     """
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
@@ -85,7 +85,7 @@ def config_of(folder: Path) -> Any:
 
 
 def check_numbers(folder: Path, found: Any, key: str = "") -> None:
-    """Raise UserError if config.json has absurdly large numbers, with which building the model would never end.
+    """Raise UserError if config.json has numbers so large that building the model would never finish.
 
     Args:
         folder: The model folder, for messages.
@@ -110,7 +110,7 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
     These are the file or index that config.json names, else model.safetensors, else the files in the index.
 
     Raises:
-        UserError: A file is missing or is not a safetensors file in this very folder, the index is invalid, or the
+        UserError: A file is missing or is not a safetensors file directly in this folder, the index is invalid, or the
             folder holds shards of a distributed checkpoint.
     """
     name = getattr(config, "transformers_weights", None)

@@ -18,7 +18,7 @@ from specvlm.models.plugins import PluginError, hookimpl
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-# Packages under plugins/ that bring families, for messages and the help.
+# Packages under plugins/ that provide families, for messages and the help.
 PACKAGES = {
     "glm46v": "specvlm-glm4v",
     "glm4v": "specvlm-glm4v",
@@ -32,7 +32,7 @@ PACKAGES = {
 
 
 class Source(NamedTuple):
-    """Where a family's class is ("module:Class"), and the label of the package that brings it."""
+    """Where a family's class is ("module:Class"), and the label of the package that provides it."""
 
     place: str
     plugin: str
@@ -53,8 +53,8 @@ def find(model_type: str) -> "type[VideoLM]":
     """Import the family of a `model_type`.
 
     Raises:
-        UserError: There is none; the message says which there are, and which package brings this one.
-        PluginError: The package that brings it is broken.
+        UserError: There is no such family. The message lists the known ones, and the package that provides this one.
+        PluginError: The package that provides it is broken.
     """
     own = specvlm_families()
     if model_type in own:
@@ -62,27 +62,27 @@ def find(model_type: str) -> "type[VideoLM]":
     known = sources()
     if model_type in known:
         return _imported(model_type, known[model_type])
-    there = f"model type {model_type!r} is not supported; there is {', '.join(sorted(known))}"
+    there = f"model type {model_type!r} is not supported; supported are {', '.join(sorted(known))}"
     if model_type in PACKAGES:
-        raise UserError(f"{there}. A package of this repository brings it: {pip_line(model_type)}")
+        raise UserError(f"{there}. A package of this repository provides it: {pip_line(model_type)}")
     raise UserError(f"{there}.{near}" if (near := did_you_mean(model_type, known)) else there)
 
 
 def pip_line(model_type: str) -> str:
-    """Return the command that installs the package of this repository that brings a family."""
+    """Return the command that installs the package of this repository that provides a family."""
     return f"pip install ./plugins/{PACKAGES[model_type]}"
 
 
 @cache
 def sources() -> dict[str, Source]:
-    """Collect the families of the built-ins and of all plugins. Of two that clash, the built-in or the first one stays."""
+    """Collect the families of the built-ins and all plugins. Of two with one name, keeps the built-in or first one."""
     found: dict[str, Source] = {}
     for plugin in plugins.load():
         for model_type, place in plugin.families.items():
             source = Source(place, plugin.label)
             if model_type in found:
                 kept = found[model_type].plugin
-                plugins.report(plugin.label, f'brings model family "{model_type}", which {kept} has already: that one stays')
+                plugins.report(plugin.label, f'defines model family "{model_type}", but {kept} has it already')
             found.setdefault(model_type, source)
     return found
 

@@ -1,4 +1,4 @@
-"""What a model family defines: how its checkpoints see videos and images, and how their prompts are written.
+"""Interface of a model family: how its checkpoints see videos and images, and how their prompts are written.
 
 Shape suffixes: S prompt tokens, A rotary axes, D hidden size, L DeepStack levels, V vocabulary.
 """
@@ -25,7 +25,7 @@ class Family(ABC):
     Attributes:
         family: Hugging Face's `model_type`.
         axes: Number of rotary axes: 1, or 3 for M-RoPE.
-        lineage: Models of one lineage may be a pair. By default, those of the family.
+        lineage: Models with the same lineage can form a pair. Empty: the family's own name.
         version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
             are part of it in any case.
         hf: The Hugging Face model; its language model is that of `hf.get_decoder()`, its head `hf.lm_head`.
@@ -42,9 +42,10 @@ class Family(ABC):
 
     @staticmethod
     def slots(config: Any) -> tuple[int, int]:
-        """Return the ids of the tokens whose slots take the features of a video and of an image. They may be equal.
+        """Return the ids of the placeholder tokens of videos and of images. They may be equal.
 
-        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this method.
+        Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this
+        method.
         """
         video, image = (getattr(config, name, None) for name in ("video_token_id", "image_token_id"))
         if video is None or image is None:
@@ -53,12 +54,12 @@ class Family(ABC):
 
     @property
     def levels(self) -> int:
-        """Number of first layers after which features are added to the hidden states (DeepStack)."""
+        """Number of leading layers after which DeepStack features are added to the hidden states."""
         return 0
 
     @property
     def vision_values(self) -> int:
-        """Values per patch that are alive at once in the vision tower, for the memory plan."""
+        """Number of values per patch that the vision tower holds at once, for the memory plan."""
         vision = self.hf.config.vision_config
         return int(3 * vision.intermediate_size + 8 * vision.hidden_size)  # includes the rotary embedding in float32
 
@@ -70,7 +71,7 @@ class Family(ABC):
 
     @property
     def marks(self) -> tuple[str, str]:
-        """Return the texts by which the chat template marks a video and an image."""
+        """Return the texts that the chat template writes in place of a video and of an image."""
         video, image = self.tokenizer.convert_ids_to_tokens(list(self.slots(self.hf.config)))
         return video, image
 
@@ -79,7 +80,7 @@ class Family(ABC):
         return self.marks[0]
 
     def spell_image(self, image: dict[str, Any]) -> str:
-        """Return the text that replaces an image's mark, with one slot token for each run of features (`image_runs`)."""
+        """Return the text that replaces an image's mark, with one slot token per run of features (`image_runs`)."""
         return self.marks[1]
 
     def runs(self, grid: TokenGrid, video: dict[str, Any]) -> list[int]:
@@ -94,7 +95,7 @@ class Family(ABC):
         return [int(image["tokens"])]
 
     def template(self, videos: bool) -> str | None:
-        """Return the chat template of a chat with or without videos. None: the checkpoint's own."""
+        """Return the chat template to use for a chat with or without videos. None: the checkpoint's own."""
         return None
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
@@ -105,7 +106,7 @@ class Family(ABC):
 
     @abstractmethod
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Return the family's own way to sample frames of this video, as keyword arguments of `read_video`."""
+        """Return how the family samples frames of this video, as keyword arguments of `read_video`."""
 
     @abstractmethod
     def process_video(self, clip: Clip, max_pixels: int | None = None) -> tuple[TokenGrid, dict[str, Any]]:
@@ -137,8 +138,8 @@ class Family(ABC):
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
         """Return the number of frames that the tower sees, and patches per frame, for the memory plan.
 
-        They are the grid's frames (Qwen2.5-VL joins two of the clip). If those are of unequal lengths, so that the grid
-        is one row of tokens, they are the frames that go through the tower.
+        The frames are usually those of the grid (in Qwen2.5-VL, each stands for two frames of the clip). If frames have
+        different numbers of tokens, the grid is a single row; then they are the frames that go through the tower.
         """
 
     @abstractmethod
@@ -152,21 +153,21 @@ class Family(ABC):
     def hf_inputs(config: Any, prompt: VideoPrompt) -> dict[str, Tensor]:
         """Convert a prompt to the inputs that Hugging Face's processor would give the model, on the host.
 
-        It must share no code with `positions` and `encode_video`: `check=hf` finds their faults with it.
+        Must not share code with `positions` and `encode_video`, since `check=hf` uses it to find bugs in them.
         """
 
     def hf_prompt(self, inputs: Mapping[str, Any]) -> VideoPrompt:
         """Convert the inputs that Hugging Face's processor gives the model to a prompt. The inverse of `hf_inputs`.
 
-        Raises UserError if they are not those of one prompt, or the family does not define this.
+        Raises UserError if they do not hold exactly one prompt, or the family does not define this method.
         """
-        raise UserError(f"{self.family} takes no inputs of a processor: give a text or messages, with the videos")
+        raise UserError(f"{self.family} does not take a processor's inputs: give a text or messages, with the videos")
 
     @classmethod
     def tiny(cls, text: dict[str, Any], ids: dict[str, int]) -> Any:
         """Build a tiny random Hugging Face model for tests of strategies, from torch's global generator.
 
-        text: Settings of its language model. ids: Those of its special tokens.
+        text: Settings of its language model. ids: Settings with the ids of its special tokens.
         """
         raise NotImplementedError(f"{cls.family} has no tiny model")
 

@@ -39,7 +39,7 @@ def generation_of(folder: Path) -> Any:
     """Load the folder's GenerationConfig; None if it has none.
 
     Raises:
-        UserError: It is invalid. Hugging Face would ignore that silently.
+        UserError: The file is invalid, which Hugging Face would ignore silently.
     """
     from transformers import GenerationConfig
 
@@ -55,7 +55,7 @@ def stop_ids(config: Any) -> frozenset[int]:
     found = config.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
-        raise UserError(f"eos_token_id={found!r} of the generation config: wanted a token id, or a list of them")
+        raise UserError(f"eos_token_id={found!r} of the generation config: expected a token id, or a list of them")
     return frozenset(ids)
 
 
@@ -65,7 +65,7 @@ def penalty_of(config: Any) -> float:
     if found is None:
         return 1.0
     if not isinstance(found, int | float) or not 0 < found < math.inf:
-        raise UserError(f"repetition_penalty={found!r} of the generation config: wanted a number more than 0")
+        raise UserError(f"repetition_penalty={found!r} of the generation config: expected a number more than 0")
     return float(found)
 
 

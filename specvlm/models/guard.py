@@ -1,4 +1,4 @@
-"""Guard the methods of plugins' model families: an error or a wrong result names the family and the method, in one line.
+"""Guard the methods of plugins' model families, so that an error or a wrong result names the family and the method.
 
 Built-in families are not guarded: an error in one is a bug of specvlm, which ends a command with its traceback.
 """
@@ -22,7 +22,7 @@ from specvlm.models.plugins import PluginError, traced
 from specvlm.types import Features, TokenGrid, VideoPrompt, entering
 from specvlm.video.video import read_video
 
-# What torch's allocator and CUDA's libraries say if memory runs out, which is no fault of the family.
+# Error texts of torch's allocator and CUDA's libraries when memory runs out, which is not the family's fault.
 MEMORY = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
 GUARDED = WeakSet[type]()
 Check = Callable[[Any, Mapping[str, Any]], str]
@@ -71,26 +71,26 @@ def _guarded(cls: type, name: str, method: Callable[..., Any]) -> Callable[..., 
 
 
 def _passes(error: Exception) -> bool:
-    """Whether an error is told as it is: one for the user, or of memory."""
+    """Whether an error passes through unchanged: a user error, or out of memory."""
     if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY)
 
 
 def _label(cls: type, name: str) -> str:
-    """Name a method for a message."""
+    """Return the name of a method as messages show it."""
     return f"model family {getattr(cls, 'family', '?')}: {cls.__module__}.{cls.__qualname__}.{name}"
 
 
 def _place(cls: type, error: Exception) -> str:
-    """Tell the last line of the class's own file that the error came through."""
+    """Return the last line of the class's own file in an error's traceback, as messages show it."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f", in line {lines[-1]}" if lines else ""
 
 
 def _arguments(takes: Signature, given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name; none if the method does not take them, which the call itself tells."""
+    """Return the arguments of a call by name. Empty if they do not fit the method; the call itself then raises."""
     try:
         return dict(takes.bind(*given, **named).arguments)
     except TypeError:
@@ -102,7 +102,7 @@ def _recorded(asked: Mapping[str, Any]) -> int:
     return sum(map(len, getattr(asked.get("sight"), "parts", ())))
 
 
-# ---- checks of results: each returns what is wrong, as the end of a sentence, or nothing
+# ---- checks of results: each returns what is wrong, as the end of a sentence, or an empty string
 
 
 def _processed_video(result: Any, asked: Mapping[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _video_features(result: Any, asked: Mapping[str, Any]) -> str:
 
 
 def _image_features(result: Any, asked: Mapping[str, Any]) -> str:
-    """A family may call the method itself, for tiles that are no image."""
+    """Check an image's features. Their number is unknown if the family itself calls the method, for tiles."""
     return _features(result, asked.get("image", {}).get("tokens"), 'the image ("tokens")')
 
 

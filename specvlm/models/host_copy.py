@@ -1,4 +1,4 @@
-"""A tensor on its way to the host, so that the host need not wait for the device where it asks for it."""
+"""Asynchronous copy of a tensor to the host, which waits for the device only when it reads the values."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copy of a tensor of integers, made on the device's current stream. The host waits for it only to read it.
+    """Copy of a tensor of integers, made on the device's current stream. The host waits for the device only in `read`.
 
     Args:
-        tensor: The tensor; on the host it is read at once.
+        tensor: Tensor to copy. A tensor on the host is read immediately.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -28,7 +28,7 @@ class HostCopy:
 
     @property
     def done(self) -> bool:
-        """Whether the device has come this far."""
+        """Whether the copy has arrived, so that `read` does not wait."""
         return self._values is not None or self._copied.query()
 
     def read(self) -> list[int]:

@@ -71,7 +71,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _plain(value: object) -> object:
-    """Return what to compare: simple values, tuples and frozensets themselves; of other objects type and identity."""
+    """Return a comparable form: simple values, tuples and frozensets themselves; type and identity of other objects."""
     return value if isinstance(value, PLAIN) or type(value) in (tuple, frozenset) else (type(value), id(value))
 
 
@@ -105,7 +105,7 @@ class Code:
             self.watched = False
 
     def look(self, classes: Iterable[type] = ()) -> None:
-        """Record all definitions, also those in `classes`; while watching, only those of new modules and classes."""
+        """Record all definitions, including those in `classes`. While watching, record only new modules and classes."""
         modules = [module for name, module in list(sys.modules.items()) if module and _ours(name)]
         inside = ((value, module.__name__) for module in modules for value in vars(module).values())
         inner = (value for value, name in inside if isinstance(value, type) and value.__module__ == name)
@@ -152,7 +152,7 @@ def _ours(name: str) -> bool:
 
 
 def _theirs(owner: Any, now: Any) -> bool:
-    """Whether a change is one of torch's or transformers': both replace functions of torch, for example to compile.
+    """Whether torch or transformers made a change: both replace functions of torch, for example to compile.
 
     owner: The module or class that was changed. now: its new value.
     """
@@ -209,7 +209,7 @@ class Snapshot:
         self._parts = (code.undo, set_again, structure, weights_of)
 
     def _running(self) -> list[Any]:
-        """Return ids of callables set on the pool, a cache or the engine, and of caches that are no whole KVCache."""
+        """Return ids of callables set on the pool, a cache or the engine, and of caches that are not intact."""
         held = self.caches.held
         own_ones = [value for owner in (self.caches, self.engine, *held) for value in vars(owner).values() if callable(value)]
         odd = [cache for cache in held if type(cache) is not KVCache or not cache.whole]

@@ -17,11 +17,11 @@ from specvlm.models.kv_cache import KVCache
 class Kept:
     """Tensors on their devices, or copies of them in host memory.
 
-    A copy in host memory is used only if it has the bytes that it was made of.
+    A copy in host memory is used only if its checksum has not changed.
 
     Attributes:
         nbytes: Bytes of all tensors.
-        on_host: Whether they lie in host memory now.
+        on_host: Whether they are in host memory now.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -40,7 +40,7 @@ class Kept:
         self._tensors, self.on_host = tuple(host), True
 
     def load(self) -> bool:
-        """Move the tensors back to their devices. Returns False if a copy in host memory is not what was put there."""
+        """Move the tensors back to their devices. Returns False if a copy in host memory has changed."""
         if not self.on_host:
             return True
         if [(tensor.shape, tensor.dtype) for tensor in self._tensors] != [place[1:] for place in self._places]:

@@ -1,4 +1,4 @@
-"""Remember what video files gave, so that a file whose video is known need not be decoded again."""
+"""Remember the results of reading video files, so that an unchanged file need not be decoded again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RACY_NS = 100_000_000  # a file that was written this shortly before it was read
 
 
 class Known(NamedTuple):
-    """What a file gave.
+    """Result of reading a file.
 
     Attributes:
         made: The processed video without its tensors.
@@ -37,10 +37,10 @@ class Known(NamedTuple):
 
 
 class KnownVideos:
-    """Maps files, as they are now, to what they gave. Threads may share it.
+    """Maps files to the results of reading them. Threads may share it.
 
     A file is known by its path, size, times and inode, and by how its frames are sampled and processed. A file that was
-    replaced or written is read anew.
+    replaced or written is read again.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class KnownVideos:
     def get(
         self, target: VideoLM, path: Path, how: Hashable, sample: Callable[[], Clip], max_pixels: int | None = None
     ) -> Processed:
-        """Return the processed video of a file. If the file is known, its pixels are read only if they are asked for.
+        """Return the processed video of a file. If the file is known, its pixels are read only when needed.
 
         Args:
             target: The target, whose processor is used.
@@ -60,7 +60,7 @@ class KnownVideos:
             max_pixels: As in `VideoLM.prompt`.
 
         Raises:
-            UserError: As `sample` and the processor do. From the pixels: the file has changed since.
+            UserError: `sample` or the processor failed. Also when pixels are read later, if the file has changed since.
         """
         key = (identity(path), how, max_pixels, type(target), str(target.folder))
 
@@ -92,7 +92,7 @@ class KnownVideos:
 
 
 def identity(path: Path) -> tuple[Hashable, ...] | None:
-    """Tell a file, as it is now, from others. None if it is not there, or was written just now."""
+    """Return a key for the current content of a file. None if the file is missing, or was written just now."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
@@ -103,16 +103,16 @@ def identity(path: Path) -> tuple[Hashable, ...] | None:
 
 
 def late(known: Known, read: Callable[[], Processed], forget: Callable[[], None]) -> Processed:
-    """Make the processed video of a known file, whose pixels are read once they are asked for.
+    """Make the processed video of a known file, whose pixels are read only when needed.
 
-    If they are others by then, the file is forgotten.
+    If they have changed by then, the file is forgotten.
     """
 
     def pixels() -> dict[str, Any]:
         video = read().video
         if pixel_digest(video) != known.digest:
             forget()
-            raise UserError(f"{known.made.source} has changed since it was looked at: ask again")
+            raise UserError(f"{known.made.source} has changed since it was first read: ask again")
         return video
 
     return known.made._replace(video=LateVideo(known.made.video, pixels, known.digest, known.vision_rows))

@@ -161,7 +161,7 @@ class KVCache:
         self.length += rows
 
     def keep(self, base: int, path: Sequence[int]) -> None:
-        """Of the rows from slot `base` on, keep those at `base + path` (ascending): move them to `base` and following.
+        """Keep the rows at `base + path` (ascending) and drop the others from slot `base` on: move them to `base` on.
 
         Sets `length` to the end of the last one kept.
         """
@@ -213,12 +213,12 @@ class KVCache:
 
 
 def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """Describe where tensors lie in memory, and how."""
+    """Describe the address and memory layout of tensors."""
     return [(type(x), x.device, x.dtype, x.shape, Tensor.stride(x), Tensor.data_ptr(x)) for x in tensors]
 
 
 class CachePool:
-    """KV caches reused across requests. A request leases the caches it needs, and no other uses them until it ends.
+    """KV caches reused across requests. A request leases the caches it needs, which no other request uses meanwhile.
 
     Free caches are kept per role (the name of a cache within a request, such as "target") and reused last-in first-out,
     so that the graphs an engine captured for a cache serve the next request.
@@ -268,7 +268,7 @@ class CachePool:
     def give_back(self, role: str, cache: KVCache) -> None:
         """Return a cache to the pool, unless the pool was emptied meanwhile.
 
-        If the pool would then keep more than ROLES roles, the free caches of the role that came first are dropped.
+        If the pool would then keep more than ROLES roles, the free caches of the oldest role are dropped.
         """
         with self._lock:
             for number, (_, leased) in enumerate(self._leased):

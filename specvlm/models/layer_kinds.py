@@ -1,7 +1,7 @@
-"""Where a Hugging Face model has its language model, and which kinds of layers a language model may have.
+"""Find the language model of a Hugging Face model, and refuse kinds of layers that are not supported.
 
-Checked guesses that are rejected are cut from the KV cache. A layer that keeps one state for all tokens, instead of a row
-for each, cannot be cut back: docs/architecture-recurrent.md.
+Checked guesses that are rejected are cut from the KV cache. A layer that keeps one state for all tokens, instead of a
+row for each, cannot be cut back: docs/architecture-recurrent.md.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def check_windows(path: str | Path, config: Any) -> None:
 
 
 def _text_of(config: Any) -> Any:
-    """Return the configuration of the text; the whole one if there are several."""
+    """Return the configuration of the language model; the whole configuration if it has several."""
     try:
         return config.get_text_config()
     except ValueError:
@@ -55,12 +55,12 @@ def _text_of(config: Any) -> Any:
 
 
 def _windows(kinds: Sequence[str]) -> list[str]:
-    """Return the kinds that are neither full attention nor keep a state."""
+    """Return the kinds of layers that neither have full attention nor keep a state."""
     return [kind for kind in kinds if kind not in FULL and not any(word in kind for word in STATE)]
 
 
 def kinds_of(text: Any) -> list[str]:
-    """Return the kind of each layer of a text configuration, as far as it says."""
+    """Return the kind of each layer of a text configuration; empty if it names none."""
     for field in FIELDS:
         if kinds := getattr(text, field, None):
             count = getattr(text, "num_hidden_layers", None) or len(kinds)
@@ -71,12 +71,12 @@ def kinds_of(text: Any) -> list[str]:
 
 
 def _stateful(text: Any) -> bool:
-    """Return whether transformers says that a model of this configuration keeps a state: by its class, made or not."""
+    """Whether transformers marks the model class of this configuration as keeping a state. Builds no model."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     return type(text) in MODEL_MAPPING and bool(getattr(MODEL_MAPPING[type(text)], "_is_stateful", False))
 
 
 def _words(kinds: Sequence[str]) -> str:
-    """Say which kinds there are."""
+    """Join the names of layer kinds for a message."""
     return " and ".join(sorted({kind.replace("sliding_", "sliding-window ").replace("_", " ") for kind in kinds}))

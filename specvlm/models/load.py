@@ -47,8 +47,8 @@ def opened(path: str | Path, weights: bool, revision: str | None = None) -> Chec
     """Read everything in a checkpoint folder except the weights.
 
     From the hub, the weight files are downloaded only if `weights` is set, or if config.json gives no dtype. A missing
-    weight file is an error if the weights are needed, or if a local folder holds some of them. A local folder without
-    any is enough for a report.
+    weight file is an error if the weights are needed, or if a local folder holds some of them. If they are not needed,
+    a local folder may lack all of them.
 
     Raises:
         UserError: Something in the folder cannot be used.
@@ -79,7 +79,7 @@ def skeleton(path: str | Path, mrope: str = "hf", revision: str | None = None) -
         UserError: The folder cannot be used.
     """
     found = opened(path, weights=False, revision=revision)
-    with explained(f"{found.folder}: no model can be made of its config.json"):
+    with explained(f"{found.folder}: no model can be built from its config.json"):
         hf = _on_meta(found.config).eval()
         hf.generation_config = found.generation or hf.generation_config
         model = found.family(hf, found.tokenizer, found.folder, mrope)
@@ -107,7 +107,7 @@ def check_size(model: VideoLM, files: Sequence[Path]) -> None:
     if wanted > 2 * held:
         raise UserError(
             f"{model.folder}: config.json describes a model of {wanted:,} weights, but the files hold {held:,}: "
-            "is the checkpoint complete, and does config.json belong to it?"
+            "check that the checkpoint is complete and config.json belongs to it"
         )
 
 
@@ -122,7 +122,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def kind_of(weights: str | None, dtype: torch.dtype, key: str = "weights", quantised: str | None = None) -> str | None:
-    """Return the kind to quantise linear layers to; None for no quantisation.
+    """Return the kind of quantisation of linear layers; None for no quantisation.
 
     Args:
         weights: Value of the key: null, "bf16" or one of KINDS.
@@ -219,25 +219,25 @@ def try_out(model: VideoLM) -> None:
         grid, video = model.process_video(clip)
         ids = [0, *(model.video_token for _ in model.runs(grid, video)), 0]
         inputs = model.generate_inputs(model.expand(ids, [grid], [video]))
-    with explained(what) if is_builtin(type(model)) else _doubted(model):
+    with explained(what) if is_builtin(type(model)) else _blame_family(model):
         model.hf(**inputs, **last_logits(model.hf, 1))
 
 
 @contextmanager
-def _doubted(model: VideoLM) -> Iterator[None]:
-    """Tell an error of Hugging Face's forward on inputs that a plugin's family made. Raises PluginError."""
+def _blame_family(model: VideoLM) -> Iterator[None]:
+    """Turn an error of Hugging Face's forward on inputs that a plugin's family made into a PluginError."""
     try:
         yield
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = f"{model.folder}: transformers' own forward fails ({first_line(error)})"
-        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, or does config.json not fit"
-        raise traced(f"{said}: {gives} the weights?", error) from error
+        gives = f"check what {type(model).__module__}.{type(model).__qualname__}.hf_inputs returns, and that config.json"
+        raise traced(f"{said}: {gives} fits the weights", error) from error
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:
-    """Return the argument that asks a model for the last logits alone; none if its forward always computes all."""
+    """Return the argument with which a model computes only the last logits; empty if it always computes all."""
     return {"logits_to_keep": count} if "logits_to_keep" in signature(hf.forward).parameters else {}
 
 

@@ -19,7 +19,7 @@ from specvlm.models.text_passes import CHUNK
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.torchrun import rank_here
 
-JOINED = "joined passes (estimate)"  # part of a plan
+JOINED = "joined passes (estimate)"  # name of a part of a plan
 Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipeline stage, in order
 
 
@@ -43,12 +43,12 @@ class Need:
     """A model and the settings that determine how much memory it takes.
 
     Attributes:
-        model: May be a skeleton, a model without weights. Must not be quantised by `load` yet.
+        model: The model; may be a skeleton, which has no weights. Must not be quantised by `load` yet.
         slots: Tokens that its KV cache must hold.
         dtype: Dtype of its weights and cache.
         quantisation: How `load` will quantise its text layers and head, such as int8. None: not at all.
         signals: Bytes of attention and hidden states that the prefill keeps for strategies (`collect.held_bytes`).
-        joined: Bytes that captured passes of several requests hold; not of a model that is split over devices.
+        joined: Bytes that captured passes of several requests hold. Ignored for a target that is split over devices.
     """
 
     model: VideoLM
@@ -115,7 +115,7 @@ def plan(
         parts[device] = ours | parts[device]
     if places.ranks > 1 and (beside := while_loading(target, mine if places.draft_shared else None, places)):
         over = beside - sum(parts[places.first].values())
-        parts[places.first] |= {"more while shares load": over} if over > 0 else {}
+        parts[places.first] |= {"extra while loading": over} if over > 0 else {}
     return {device: MemoryPlan(found) for device, found in parts.items()}, counts
 
 
@@ -151,7 +151,7 @@ def activations(needs: Sequence[Need], patches: int) -> int:
     prompts, passes = [], []
     for need in needs:
         config = need.model.hf.config.get_text_config()
-        # Of experts, a row is held four times for each that it chose: sorted, as output, weighted, in the first order.
+        # With experts, a row is held four times per chosen expert: sorted, as output, weighted, in the original order.
         experts = 4 * config.hidden_size * getattr(config, "num_experts_per_tok", 0)
         text_rows = min(need.slots, CHUNK) * (max(3 * config.intermediate_size, experts) + 4 * config.hidden_size)
         vision_rows = patches * need.model.vision_values
@@ -183,7 +183,7 @@ def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory on a device, in bytes. On a GPU this includes what torch's allocator holds unused."""
+    """Free memory on a device, in bytes. On a GPU this includes unused memory that torch's allocator holds."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -194,7 +194,7 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error means out of memory. Of torch's allocators, only the GPU's raises OutOfMemoryError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # What these say, in order: the CPU allocator, cuBLAS and similar libraries, CUDA.
+    # Error texts of, in order: the CPU allocator, cuBLAS and similar libraries, CUDA.
     said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
@@ -211,7 +211,7 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """Peak bytes since the last reset: of torch's allocator on a GPU, of the whole process on a CPU.
 
-    Off Linux, the peak on a CPU is the one since the process started.
+    On other systems than Linux, the peak on a CPU is that since the process started.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

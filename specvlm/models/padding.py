@@ -1,6 +1,6 @@
 """Pad the MLPs of a vision tower to widths that the fast matrix kernels of a GPU take.
 
-cuBLAS reads rows of 16 bytes. Qwen2.5-VL-3B and 7B have vision MLPs of 3,420 columns, which is no multiple of 8, so in 16
+cuBLAS reads rows of 16 bytes. Qwen2.5-VL-3B and 7B have vision MLPs of 3,420 columns, not a multiple of 8, so in 16
 bits their products ran through an old kernel: the tower of the 7B took 584 ms for 16,384 video tokens on an H200.
 """
 
@@ -20,9 +20,9 @@ TILE = 64  # to a multiple of this
 
 
 def pad_tower(hf: Any) -> int:
-    """Add columns of zeros to the gated MLPs outside of the text model whose width is odd. Exact but for rounding.
+    """Add columns of zeros to the vision tower's gated MLPs whose width is not a multiple of 8. Exact but for rounding.
 
-    The added columns of the activation are activation(0) * 0 = 0, and the rows that they meet are 0 too.
+    The added columns of the activation are activation(0) * 0 = 0, and the matching weights of the next layer are 0.
 
     hf: A Hugging Face model. Its parameters are replaced; their values stay.
 
@@ -43,7 +43,7 @@ def pad_tower(hf: Any) -> int:
 
 
 def _gated(hf: Any) -> Iterator[Any]:
-    """Yield the gated MLPs to pad: of plain linear layers, and not of the text model, whose widths its kernels know."""
+    """Yield the gated MLPs of plain linear layers outside the text model, which is not padded."""
     text = {id(module) for module in language_model(hf).modules()}
     for module in hf.modules():
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -54,7 +54,7 @@ def _gated(hf: Any) -> Iterator[Any]:
 
 
 def _padded(tensor: Tensor, by: tuple[int, ...]) -> nn.Parameter:
-    """Make a parameter with zeros behind a tensor's rows or columns (see `torch.nn.functional.pad`)."""
+    """Make a parameter with zeros after a tensor's rows or columns (see `torch.nn.functional.pad`)."""
     return nn.Parameter(pad(tensor.detach(), by), requires_grad=tensor.requires_grad)
 
 

@@ -76,7 +76,7 @@ def layer_by_layer(
 
     Pauses after each layer: another request's rows may then go through the same layers.
 
-    The model's own forward makes a mask of its own, which cannot be that of a tree in every family. accelerate's hooks
+    The model's own forward builds its mask itself, and not every family accepts the mask of a tree. accelerate's hooks
     could move the rows too, but slowly: they inspect every argument of every layer in every pass.
 
     Args:
@@ -118,7 +118,7 @@ def layer_by_layer(
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one in a block: our own kernels launch on the current device, wherever tensors are."""
+    """Make `device` the current one in a block, since our own kernels launch on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -145,7 +145,7 @@ def split(layers: int, room: Sequence[float]) -> list[int]:
 
 
 def device_map(hf: Any, counts: Sequence[int], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Make Hugging Face's `device_map`, from names of modules and parameters to devices. No entry lies inside another.
+    """Make Hugging Face's `device_map`, from names of modules and parameters to devices. No entry contains another.
 
     Args:
         hf: The model, which may be on meta.

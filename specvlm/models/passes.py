@@ -153,12 +153,12 @@ class Call:
     Attributes:
         routine: Routine to run.
         state: Integers passed to the routine.
-        inputs: Tensors passed to the routine. None takes the routine's own input.
+        inputs: Tensors passed to the routine. Each None stands for the routine's own input.
         guard: Makes a context manager, entered whenever the routine's own code runs: several times, never nested.
         check: Called with each pass of the routine; raises if the pass cannot run.
         ours: Whether the drafter, its session and the function all belong to specvlm.
-        joins: Whether its passes may run together with other requests', which rounds them otherwise. False where guesses
-            change what is sampled.
+        joins: Whether its passes may run together with those of other requests, which changes their rounding. False if
+            guesses affect what is sampled.
     """
 
     routine: Routine
@@ -171,7 +171,7 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
-        """Inputs of this call, with the routine's own instead of each None."""
+        """Inputs of this call, with the routine's own input in place of each None."""
         return [old if new is None else new for old, new in zip(self.routine.inputs, self.inputs, strict=True)]
 
     def work(self) -> Passes[tuple[Tensor, ...]]:
@@ -183,14 +183,14 @@ class Call:
         """Run the routine under the guard, yielding its checked passes, and return its tensors.
 
         inputs: The state, then the tensors. read: Read slots to the host (not while capturing).
-        Raises TypeError or ValueError if the routine yields or returns what it may not.
+        Raises TypeError or ValueError if the routine yields or returns something invalid.
         """
         routine = self.routine
 
         def checked(item: object) -> Pass:
             """Return a yielded pass, placed if `read`. Raises if the routine may not yield it."""
             if type(item) is not Pass or item.cache is not routine.cache or item.model is not routine.model:
-                raise TypeError(f"a routine yields passes of its own model and cache alone, got {type(item).__name__}")
+                raise TypeError(f"a routine yields only passes of its own model and cache, got {type(item).__name__}")
             self.check(item)
             if (rows := item.tokens_Q.numel()) > routine.widest:
                 raise ValueError(f"a routine whose widest pass has {routine.widest} rows yielded one of {rows}")
@@ -209,9 +209,9 @@ class Call:
 def guarded(
     work: Generator[Any, Any, T], guard: AbstractContextManager[Any], checked: Callable[[object], Y]
 ) -> Generator[Y, Any, T]:
-    """Drive a generator under a guard and yield what `checked` makes of its items, outside of the guard.
+    """Drive a generator under a guard; outside the guard, yield its items as `checked` returns them.
 
-    guard: Entered whenever the generator's code runs, one time after the other.
+    guard: Entered whenever the generator's code runs: several times, never nested.
     """
     result: Any = None
     while True:

@@ -1,4 +1,4 @@
-"""Points at which long work may rest, and the end of a generator that has nothing else to yield."""
+"""Points at which long work may pause, and a function that runs such work to its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Pauses: TypeAlias = "Generator[Pause, None, T]"
 
 @dataclass(frozen=True)
 class Pause:
-    """A point at which a prefill may rest, so that a scheduler runs other requests in between. There is nothing to run.
+    """A point at which a prefill may pause, so that a scheduler can run other requests. The engine runs nothing for it.
 
     Attributes:
         device: Device of the work so far.

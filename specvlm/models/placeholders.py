@@ -26,7 +26,7 @@ class Spelling:
     images: Sequence[str] = ()
 
     def __call__(self, text: str) -> str:
-        """Replace the marks of a text. More marks than there are texts stay; a mark that is no text is nowhere."""
+        """Replace the marks in a text, in order. Marks beyond the number of texts stay; an empty mark is skipped."""
         pairs = zip(self.marks, (self.videos, self.images), strict=True)
         left = {mark: iter(texts) for mark, texts in pairs if mark and texts}
         pattern = "|".join(map(re.escape, left))
@@ -43,7 +43,7 @@ def expanded(
     images: Sequence[dict[str, Any]],
     order: Sequence[str] = (),
 ) -> VideoPrompt:
-    """Implement `VideoLM.expand`. slots: token ids of a video and an image. runs: lengths of each video's and image's runs."""
+    """Implement `VideoLM.expand`. slots: slot token ids of videos and images. runs: run lengths of each of them."""
     wanted = _wanted(slots, runs, order or ["image"] * len(images) + ["video"] * len(grids))
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):
@@ -79,6 +79,6 @@ def _wanted(
 
 
 def _parts(ids: Sequence[int], left: dict[int, Iterator[tuple[str, int]]]) -> Iterator[tuple[int, str, int]]:
-    """Yield (token, kind, number of slots) of each id."""
+    """Yield (token, kind, number of slots) for each id."""
     for token in ids:
         yield (token, *(next(left[token]) if token in left else ("text", 1)))

@@ -53,7 +53,7 @@ def device_of(name: str | torch.device, key: str = "device", otherwise: str = "d
     Raises:
         UserError: The name is none of these, or there is no such GPU.
     """
-    wanted = f"{key}={name}: wanted auto, cpu, cuda or cuda:1"
+    wanted = f"{key}={name}: expected auto, cpu, cuda or cuda:1"
     if not isinstance(name, str | torch.device):
         raise UserError(wanted)
     try:

@@ -1,4 +1,4 @@
-"""Load strategies and model families: the built-ins, and every installed package with an entry point in group `specvlm`.
+"""Load the built-in strategies and families, and those of installed packages with an entry point in group `specvlm`.
 
 Both use the same hooks. Plugins load one by one; a broken plugin is skipped, with a warning.
 
@@ -53,7 +53,7 @@ class Hooks:
 
     @hookspec
     def specvlm_families(self) -> dict[str, str]:  # type: ignore[empty-body]
-        """Return the model families of this plugin: for each `model_type`, where its class is, as "module:Class"."""
+        """Return the model families of this plugin, as a dict from `model_type` to "module:Class"."""
 
 
 class PluginError(UserError):
@@ -131,7 +131,7 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
         plugin: The plugin's module, or any object with a method marked as hook.
 
     Returns:
-        The classes that the hook returns, unchecked; none if the plugin brings model families alone.
+        The classes that the hook returns, unchecked; none if the plugin provides only model families.
 
     Raises:
         PluginError: The plugin implements no hook or an unknown one, or its hook does not return a list.
@@ -143,7 +143,7 @@ def strategies_of(plugin: object) -> tuple[Any, ...]:
 
 
 def families_of(plugin: object) -> dict[str, str]:
-    """Call a plugin's hook for model families. Raises PluginError as `strategies_of`, for anything but a dict of texts."""
+    """Call a plugin's hook for model families. Raises PluginError as `strategies_of`, or for an invalid result."""
     found = _answer(plugin, "specvlm_families", {})
     if not isinstance(found, dict) or not all(isinstance(part, str) for item in found.items() for part in item):
         raise PluginError(f'specvlm_families() must return a dict {{model_type: "module:Class"}}, got {found!r}')
@@ -151,7 +151,7 @@ def families_of(plugin: object) -> dict[str, str]:
 
 
 def _answer(plugin: object, hook: str, default: Any) -> Any:
-    """Call one hook, in a plugin manager of its own so that a plugin cannot break others. default: without that hook."""
+    """Call one hook in its own plugin manager, so that a plugin cannot break others. default: result without a hook."""
     _check_hook_names(plugin)
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
@@ -177,7 +177,7 @@ def report(label: str, reason: str, cause: BaseException | None = None) -> None:
 
 
 def traced(said: str, cause: BaseException) -> PluginError:
-    """Make the error for a fault in a plugin's code. Its traceback is logged if SPECVLM_PLUGIN_TRACEBACK=1 is set."""
+    """Make a PluginError for an error in a plugin's code. Logs its traceback if SPECVLM_PLUGIN_TRACEBACK=1 is set."""
     if os.environ.get("SPECVLM_PLUGIN_TRACEBACK") != "1":
         return PluginError(f"{said} (SPECVLM_PLUGIN_TRACEBACK=1 shows where)")
     log.warning("".join(traceback.format_exception(cause)).rstrip())
@@ -221,7 +221,7 @@ def _chosen(points: list[EntryPoint]) -> list[EntryPoint]:
     answers = {point: {_normal(point.name), _normal(_distribution(point)[0])} for point in points}
     known = sorted(set().union(*answers.values()))
     for name in sorted(names.difference(known)):
-        report(name, f"of SPECVLM_PLUGINS is not installed; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}")
+        report(name, f"of SPECVLM_PLUGINS is not installed. There is {', '.join(known) or 'none'}.{did_you_mean(name, known)}")
     return [point for point in points if answers[point] & names]
 
 

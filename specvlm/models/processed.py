@@ -1,4 +1,4 @@
-"""Make a prompt of what a Hugging Face processor returns, whose placeholders are expanded already."""
+"""Build a prompt from the inputs that a Hugging Face processor returns, in which placeholders are already expanded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ def row_of(inputs: Mapping[str, Any], known: frozenset[str]) -> Tensor:
     """Return the (S,) token ids of a processor's inputs.
 
     Args:
-        inputs: Of one prompt, without padding.
+        inputs: Inputs of one prompt, without padding.
         known: Names of the family's own inputs, besides those in TEXT.
 
     Raises:
-        UserError: There are several prompts, padding, or inputs of other names.
+        UserError: There are several prompts, padding, or inputs with unknown names.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     if other := sorted(given.keys() - TEXT - known):
         wanted = ", ".join(sorted(TEXT | known))
-        raise UserError(f"inputs {', '.join(other)}: wanted those of the model's own processor, {wanted}")
+        raise UserError(f"inputs {', '.join(other)}: expected those of the model's own processor, {wanted}")
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise UserError("inputs need input_ids as a tensor (1, S): call the processor with return_tensors='pt'")
@@ -46,7 +46,7 @@ def assembled(
 ) -> VideoPrompt:
     """Build the prompt. slots: token ids of a video's and an image's slots, which differ.
 
-    Raises UserError if the tokens have another number of slots than videos and images, or no text after the video.
+    Raises UserError if the number of slots differs from that of features, or no text follows the video.
     """
     video_N, image_I = ((tokens_S == slot).nonzero().flatten() for slot in slots)
     return placed(tokens_S, (video_N, image_I), grids, videos, images)

@@ -80,7 +80,7 @@ class QuantizedLinear(nn.Module):
         return min(GROUP, half & -half) if self.kind == "int4" else self.in_features
 
     def weight_in(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
-        """(N, K) dequantised weight, or that of some outputs.
+        """(N, K) dequantised weight, or its rows for some outputs.
 
         The product is computed in float32 or wider and rounded to `dtype` once.
         """
@@ -115,7 +115,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedExperts(nn.Module):
-    """Experts of a mixture with 8- or 4-bit weights, in place of a module of Hugging Face that is in EXPERTS.
+    """Experts of a mixture with 8- or 4-bit weights. Replaces a Hugging Face module whose class is in EXPERTS.
 
     The weights of all E experts are stored one after another, as one layer: gate_up (E * 2 F, K), down (E * K, F).
     """
@@ -143,7 +143,7 @@ class QuantizedExperts(nn.Module):
 
 
 def _flat(experts: Any, name: str) -> nn.Linear:
-    """Return a layer of the weights of all experts, without a copy."""
+    """View the weights of all experts as one linear layer, without a copy."""
     weight = getattr(experts, name).detach().flatten(0, 1)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -238,7 +238,7 @@ def left_full(hf: Any, kind: str) -> str:
         return ""
     size, beside = (sum(local_shard(x).nbytes for x in found) / 2**20 for found in (left.values(), layers.buffers()))
     name = max(left, key=lambda name: left[name].numel())
-    return f"weights={kind} leaves {size:.1f} MiB in full beside {beside:.1f} MiB quantised: {name} is no linear layer"
+    return f"weights={kind} leaves {size:.1f} MiB unquantised, beside {beside:.1f} MiB quantised: {name} is not a linear layer"
 
 
 class Stored(NamedTuple):
@@ -276,7 +276,7 @@ def stored(hf: Any, dtype: torch.dtype, kind: str | None = None, ranks: int = 1)
 
 
 def _quantisable(hf: Any) -> list[tuple[nn.Module, str]]:
-    """List the layers that `quantize_text` replaces, as (owner, name): holding the layers would keep their weights."""
+    """List the layers that `quantize_text` replaces, as (owner, name): references to them would keep the weights."""
 
     def whole(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) or type(module).__name__ in EXPERTS

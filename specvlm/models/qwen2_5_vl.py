@@ -45,7 +45,8 @@ class Qwen2_5_VL(VideoLM):
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
         """Sample frames as the video processor does; at 2 frames per second if its settings give no rate or number.
 
-        From a video with fewer than `num_frames`, takes all frames but an odd last one; Hugging Face raises an error.
+        From a video with fewer than `num_frames`, takes all frames, less the last one if they are odd in number;
+        Hugging Face raises an error.
         """
         settings = SamplingSettings.from_folder(self.folder, ("Qwen",))
         if settings.num_frames:

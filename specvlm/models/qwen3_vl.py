@@ -1,7 +1,7 @@
-"""Qwen3-VL over Qwen3VLForConditionalGeneration: a run of tokens per frame behind its timestamp, and DeepStack.
+"""Qwen3-VL over Qwen3VLForConditionalGeneration: a run of tokens per frame after its timestamp, and DeepStack.
 
-The timestamps follow the installed transformers' Qwen3VLProcessor. In 5.17 and 5.23 they stand, with vision tags around
-each frame, inside the vision tags of the chat template.
+The timestamps follow the installed transformers' Qwen3VLProcessor. In 5.17 and 5.23 they are placed, with vision tags
+around each frame, inside the vision tags of the chat template.
 """
 
 from dataclasses import replace
@@ -74,7 +74,7 @@ class Qwen3VL(Qwen2_5_VL):
         return Features(out.pooler_output, torch.stack(list(out.deepstack_features), 1))
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. There is one rule: Hugging Face's is Qwen's own."""
+        """(3, S) M-RoPE positions. `mrope` has no effect: Hugging Face's rule is Qwen's own."""
         grids = {
             f"{name}_grid_thw": torch.tensor([item["thw"] for item in items]) if items else None
             for name, items in (("image", prompt.images), ("video", prompt.videos))

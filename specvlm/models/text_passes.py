@@ -97,7 +97,7 @@ class TextPasses(Family):
         collector: AttentionCollector | None = None,
         chunk: int = CHUNK,
     ) -> Tensor:
-        """Fill an empty cache with a prompt, as `prefilling` does, without a pause. Returns the last hidden state (D,)."""
+        """Fill an empty cache with a prompt, like `prefilling` without pauses. Returns the last hidden state (D,)."""
         return finished(self.prefilling(embeds_SD, positions_AS, cache, cut, collector, chunk))
 
     def prefilling(
@@ -112,10 +112,10 @@ class TextPasses(Family):
     ) -> Pauses[Tensor]:
         """Fill a cache with a prompt, in passes of at most `chunk` rows. Returns the last hidden state (D,).
 
-        Passes before `cut` begin at multiples of `chunk` and at `joints`, whatever follows.
+        Passes before `cut` begin at multiples of `chunk` and at `joints`, regardless of what follows.
 
         Args:
-            embeds_SD: The rows behind those that the cache holds already.
+            embeds_SD: The rows after those that the cache holds already.
             positions_AS: Their rotary positions.
             cut: Slot at which a new pass begins (`VideoPrompt.cut`).
             collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it

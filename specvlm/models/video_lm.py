@@ -34,7 +34,7 @@ PATCHES = 16_384  # most patches in a pass of the vision tower, unless a single 
 
 
 class VideoLM(TextPasses):
-    """A loaded checkpoint of a family. It has no state: a request's data are arguments, or lie in its KV cache.
+    """A loaded checkpoint of a family. It has no state: a request's data are in arguments and in its KV cache.
 
     Args:
         hf: The Hugging Face model, in eval mode, its attention set to `attention.IMPLEMENTATIONS`.
@@ -125,16 +125,16 @@ class VideoLM(TextPasses):
     def chat(self, messages: Sequence[Message], max_pixels: int | None = None) -> VideoPrompt:
         """Build the prompt of a chat, whose turns may have texts, videos and images in any order.
 
-        A pruner's signals are read from the rows after the last video. If the question stands before it, those are the
-        template's own.
+        A pruner's signals are read from the rows after the last video. If the question comes before it, these rows hold
+        only text of the template.
 
         Args:
-            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text", "text": …},
-                {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
+            messages: Each with a "role" and a "content", which is a text or a list of parts: {"type": "text",
+                "text": …}, {"type": "video", "video": clip} and {"type": "image", "image": (3, H, W) uint8}.
             max_pixels: Most pixels of a frame, instead of the checkpoint's own limit.
 
         Raises:
-            UserError: As in `prompt`, or something is no message.
+            UserError: As in `prompt`, or a message is invalid.
         """
         parts = checked(messages)
         clips, images = ([part[kind] for part in parts if part["type"] == kind] for kind in ("video", "image"))
@@ -163,9 +163,9 @@ class VideoLM(TextPasses):
         images: Sequence[dict[str, Any]] = (),
         order: Sequence[str] = (),
     ) -> VideoPrompt:
-        """Expand each slot token in `ids`, one for each of a video's `runs` and an image's `image_runs`, to one per feature.
+        """Expand each slot token in `ids`, which stands for a run (`runs`, `image_runs`), to one token per feature.
 
-        order: "video" or "image" for each of them, where they share a slot token; by default images come first.
+        order: "video" or "image" for each item, if both share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
@@ -190,7 +190,7 @@ class VideoLM(TextPasses):
         return min(frames, max(1, PATCHES // patches)) * patches
 
     def blank(self, count: int) -> Tensor | Features:
-        """Make features of `count` tokens, all 0."""
+        """Return features of `count` tokens, all zero."""
         width = int(self.text.config.hidden_size)
         rows_ND = torch.zeros(count, width, dtype=self.dtype, device=self.device)
         return Features(rows_ND, rows_ND.new_zeros(count, self.levels, width)) if self.levels else rows_ND
@@ -266,7 +266,7 @@ class VideoLM(TextPasses):
         return Features(rows_QD, rows_QD.new_zeros(len(rows_QD), self.levels, rows_QD.shape[1]))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
-        """(S, D) input embeddings of the prompt, or (K, D) of the kept slots with `keep`, merged if it has a pool."""
+        """(S, D) input embeddings of the prompt, or (K, D) of the slots that `keep` keeps, merged by its pool."""
         embeds_SD: Any = self.embed_text(prompt.tokens)
         if prompt.images:
             with self.forms.of(self.hf.model):

@@ -1,4 +1,4 @@
-"""Attention function of a vision tower, over whole images or inside windows. Shape suffixes: H heads, R rows, D size."""
+"""Attention function of vision towers, over whole images or inside windows. Shape suffixes: H heads, R rows, D size."""
 
 from typing import Any
 

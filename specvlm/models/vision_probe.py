@@ -148,7 +148,7 @@ class HiddenStateProbe:
         self._start += len(hidden_QD)
 
     def resume(self, start: int, video: list[Tensor]) -> None:
-        """Go on after rows whose hidden states are known. start: slot of the next row; video: states of video tokens."""
+        """Continue after rows whose states are known. start: slot of the next row; video: states of video tokens."""
         self._start, self._video = start, video
 
     def ahead(self) -> Self:

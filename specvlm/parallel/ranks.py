@@ -39,8 +39,8 @@ class SymmetricBuffer:
 
     Attributes:
         shares: (R,) address of each rank's two alternating buffers of rows, (2, ROOM, width).
-        marks: (R,) address of each rank's (R, ROOM) int32 marks, first index the rank that sets them: the number of the
-            all-reduce for which that rank's row is ready.
+        marks: (R,) address of each rank's (R, ROOM) int32 marks. Rank r sets entry (r, i) to the number of the
+            all-reduce for which its row i is ready.
         turns: (ROOM,) int32, how many times each row has been all-reduced.
         held: Tensors that own the memory behind the addresses.
     """

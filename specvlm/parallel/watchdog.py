@@ -65,7 +65,7 @@ class Watch:
             os.close(fd)
 
     def ended(self, kind: str = DONE, why: str = "") -> None:
-        """Tell the other ranks how this one ends. From now on, the watchdog no longer exits this process if one dies.
+        """Record for the other ranks how this one ends. From now on, the watchdog does not exit this process.
 
         Args:
             kind: DONE, FAILED or MEMORY.
@@ -135,7 +135,7 @@ class Watch:
         if kind in (DONE, FOLLOWED) or not self.ending.acquire(blocking=False):
             return  # after FOLLOWED, this rank will also see the death that the other one followed
         if not kind:
-            said = f"rank {rank} of {self.size} died without a word: killed, out of the host's memory, or crashed"
+            said = f"rank {rank} of {self.size} died without a message: killed, out of the host's memory, or crashed"
             self._say(f"{said}; the run cannot go on", self.rank < min(self.there.values(), default=self.size))
         elif rank and self.rank == 0:  # rank 0 reports its own end itself
             with self.patience("the results so far cannot be saved"):
@@ -144,7 +144,7 @@ class Watch:
         self._follow(ExitCode.LOST)
 
     def _saved(self) -> str:
-        """Save the results so far. Returns a text for the message, also if that fails."""
+        """Save the results so far. Returns a text for the message, even if saving fails."""
         try:
             return self.save()
         except Exception as error:  # the thread must still exit the process

@@ -123,7 +123,7 @@ def parse(kind: Any, value: Any, where: object) -> Any:
     except ValidationError as error:
         raise UserError(f"{where} {_described(error.errors(include_url=False)[0])}") from None
     except (TypeError, ValueError, RecursionError) as error:  # data that YAML allows but JSON does not
-        raise UserError(f"{where} is no plain data ({message(error)})") from None
+        raise UserError(f"{where} is not plain data ({message(error)})") from None
 
 
 @cache
@@ -134,12 +134,12 @@ def _adapter(kind: Any) -> Any:
 
 
 def _described(error: Mapping[str, Any]) -> str:
-    """Put an error of pydantic into our own words; shows at most SHOWN characters of the value."""
+    """Convert an error of pydantic to a message; shows at most SHOWN characters of the value."""
     place = ".".join(map(str, error["loc"])) or "content"
     if error["type"] in ("missing", "missing_argument"):
         return f"has no {place!r}"
     if error["type"] == "unexpected_keyword_argument":
-        return f"has {place!r}, which is no key of it"
+        return f"has {place!r}, which is not one of its keys"
     ours = error["type"] == "value_error"
     expected = str(error["ctx"]["error"]) if ours else error["msg"].replace("Input should be", "expected")
     return f"has {place}={line(repr(error['input']))[:SHOWN]}: {expected}"

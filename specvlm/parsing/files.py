@@ -19,7 +19,7 @@ MOST_NODES = 100_000  # maximum number of values in a YAML file, with its aliase
 
 
 def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
-    """Open a regular file. Refuses a pipe, whose opening would wait until somebody opens the other end.
+    """Open a regular file. Refuses a pipe, since opening one waits until another process opens the other end.
 
     Waits only if another process holds a lease on the file, until that process gives it up.
 
@@ -30,18 +30,18 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
     try:
         file = open(path, mode, buffering, opener=_without_waiting)  # noqa: SIM115
     except ValueError as error:  # not a valid file name
-        raise UserError(f"{path} is no file ({error})") from None
+        raise UserError(f"{path} is not a file ({error})") from None
     except BlockingIOError:  # another process holds a lease on it, as file servers do: wait for that one
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} is no file") from None
+            raise UserError(f"{path} is not a file") from None
         file = open(path, mode, buffering)  # noqa: SIM115
     except OSError as error:
         if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
-            raise UserError(f"{path} is no file") from None
+            raise UserError(f"{path} is not a file") from None
         raise
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} is no file")
+        raise UserError(f"{path} is not a file")
     return file
 
 
@@ -109,7 +109,7 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no configuration: it is damaged, or not ours ({message(error)})") from None
+        raise UserError(f"{path} is not a configuration: it is damaged, or not ours ({message(error)})") from None
 
 
 def _check_depth(text: str) -> None:

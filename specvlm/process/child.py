@@ -23,7 +23,7 @@ _ALONE = Lock()  # one fork at a time: a lock that another thread holds during a
 
 
 class ChildError(Exception):
-    """The code in the child raised, crashed or exceeded a limit; the message says which."""
+    """The code in the child raised an exception, crashed or exceeded a limit; the message says which."""
 
 
 def in_child(action: Callable[[], str]) -> str:
@@ -32,7 +32,7 @@ def in_child(action: Callable[[], str]) -> str:
     Takes a few milliseconds. The action must not use CUDA or torch's threads.
 
     Raises:
-        ChildError: In the fork, the action raised, crashed or exceeded a limit.
+        ChildError: In the fork, the action raised an exception, crashed or exceeded a limit.
     """
     if not hasattr(os, "fork"):
         return action()

@@ -1,4 +1,4 @@
-"""Python's garbage collector at the start and end of a command, where it takes a second and frees almost nothing."""
+"""Pause Python's garbage collector at the start and end of a command, where it takes a second and frees little."""
 
 import atexit
 import gc
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause garbage collection in this block, and skip what is there then at exit."""
+    """Pause garbage collection in this block. At exit, skip the objects that exist by then."""
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)
@@ -22,7 +22,7 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def paused_for_imports() -> Iterator[None]:
-    """Pause it while this block imports torch and transformers; later collections skip what they made: a million objects.
+    """Pause collection while this block imports torch and transformers. Later collections skip their million objects.
 
     Does nothing if torch was imported before, as when another program calls `main`: its objects stay collectable.
     """

@@ -1,4 +1,4 @@
-"""Handle Ctrl-C, even if a strategy catches it, and tell it apart from a KeyboardInterrupt that a strategy raises."""
+"""Handle Ctrl-C even if a strategy catches it, and distinguish it from a KeyboardInterrupt that a strategy raises."""
 
 import os
 import signal
@@ -58,15 +58,15 @@ class Interrupts:
             yield
             return
         self.heard, self.installed = 0, True
-        signal.signal(signal.SIGINT, self._hear)
+        signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             yield
         finally:
             self.installed = False
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _hear(self, signum: int, frame: FrameType | None) -> NoReturn:
-        """Raise KeyboardInterrupt on the first Ctrl-C; exit on the second: the first was caught, or cleanup hangs."""
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> NoReturn:
+        """Raise KeyboardInterrupt on the first Ctrl-C. Exit on the second: the first was caught, or cleanup hangs."""
         self.heard += 1
         if self.heard > 1:
             os.write(2, f"specvlm: interrupted{self.where}, and ended at once\n".encode())

@@ -44,11 +44,11 @@ def _tables(name: str, found: Callable[[], list[Any]]) -> Setting:
 
 
 def _set_device(device: torch.device) -> None:
-    """Set torch's default device. Unset it for the CPU, since a default device that is set stays on as a mode."""
+    """Set torch's default device. Unset it for the CPU, since a default device stays active as a torch mode."""
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
-_UNDONE: list[torch.inference_mode] = []  # kept: torch goes back to the mode before when one of them is collected
+_UNDONE: list[torch.inference_mode] = []  # kept alive: torch restores the previous mode when one of them is collected
 
 
 def modes_entered() -> tuple[int, int, bool]:
@@ -82,7 +82,7 @@ def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _modules() -> dict[str, Any]:
-    """Map names to specvlm's imported modules. If one were replaced, pickle and late imports would use the other."""
+    """Map names to specvlm's imported modules. Pickle and late imports would use a replaced one."""
     found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter, since there are thousands
     return {name: sys.modules[name] for name in found if name.partition(".")[0] == "specvlm"}
 

@@ -5,7 +5,8 @@
     python -m specvlm.report sweep --samples scene-0003,scene-0007 --baseline "uniform, drops 90 %"
     python -m specvlm.report sweep --video saw.mp4 --job "two_stage, drops 90 %"
 
--o: the suffix says what to write. `.html`: the page. `.csv`, `.md`, `.tex`: the summary table. `.svg`, `.pdf`: the charts.
+-o: the file to write; its suffix is the format. `.html`: the page. `.csv`, `.md`, `.tex`: the summary table. `.svg`,
+`.pdf`: the charts.
 
 FOLDER: the folder of a run or a job, or one that contains such folders at any depth. For runs with record=true, the
 report also shows the target's attention to the video as a heat map.

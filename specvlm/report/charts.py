@@ -140,7 +140,7 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
     """Draw one line per job with the point and interval of `key`, highest first; for jobs that share one ratio.
 
-    The axis names the jobs, so there is no legend: beside long names it would have no room.
+    The axis names the jobs, so there is no legend: next to long names it would have no room.
 
     reference: where to draw a dashed line. Returns None if no job has the metric.
     """

@@ -31,8 +31,8 @@ NOTES = (
 def chosen(jobs: Sequence[Job], names: Sequence[str]) -> dict[str, str]:
     """Choose samples to show; returns their titles by id.
 
-    Takes those named. Without names, takes the median, worst and best by accepted_per_round (mean over jobs), or simply
-    the first three if no more than three samples have that metric.
+    Takes the named samples. Without names, takes the median, worst and best by accepted_per_round (mean over jobs), or
+    simply the first three if no more than three samples have that metric.
 
     Raises:
         UserError: No job has finished a sample of a given name.
@@ -120,13 +120,13 @@ def page(
 
 
 def part(name: str) -> str:
-    """Text of a part of the page: the report's own, or one that the server's page has, too."""
+    """Text of a part of the page: the report's own, or one shared with the server's page."""
     places = (files("specvlm.report") / "template", files("specvlm.results") / "page")
     return next(place / name for place in places if (place / name).is_file()).read_text(encoding="utf-8")
 
 
 def breakable(name: str) -> Markup:
-    """Let a long name be broken behind the signs in it, not within a word. Escapes the name."""
+    """Escape a long name, and allow line breaks after its punctuation, not within words."""
     return Markup(re.sub(r"([_=/,])", r"\1<wbr>", str(escape(name))))
 
 
@@ -138,5 +138,5 @@ def bundle() -> str:
 
 
 def sha(script: str) -> str:
-    """SHA-256 of a script in base64, as the page's content security policy wants it."""
+    """SHA-256 of a script in base64, as the page's content security policy lists it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

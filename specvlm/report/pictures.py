@@ -15,7 +15,7 @@ from specvlm.report.table import groups
 
 WIDTH, MARGIN, HEAD = 560, 24, 34  # pixels: of a plot without its axes, around charts, and of a heading
 COLUMN_GAP = 30  # pixels between columns of a legend, where a wider font may go
-# Names of one width each, since texts are measured here and drawn elsewhere.
+# Fonts of the same widths, since texts are measured here and drawn elsewhere.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
 
@@ -47,7 +47,7 @@ def heading(text: str, top: float, size: int) -> str:
 
 
 def chart_of(spec: dict[str, Any], prefix: str) -> tuple[str, float, float]:
-    """Draw one chart. prefix: makes its ids unique in the picture. Returns the SVG element, its width and its height."""
+    """Draw one chart. prefix: makes its ids unique in the picture. Returns the SVG element, its width and height."""
     plain = coloured({key: value for key, value in spec.items() if key != "autosize"} | {"width": WIDTH})
     look = plain.get("config", {})
     plain["config"] = look | {"font": FONT, "legend": look.get("legend", {}) | {"columnPadding": COLUMN_GAP}}

@@ -39,7 +39,7 @@ class Job:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration with keys as on the command line, such as `pruner.mass`; without what only looks at answers."""
+        """The configuration with keys as on the command line, such as `pruner.mass`, without the groups in LOOKS."""
         return {key: value for key, value in flat(self.config) if key.partition(".")[0] not in LOOKS}
 
     @property
@@ -49,7 +49,7 @@ class Job:
 
     @cached_property
     def totals(self) -> dict[str, Any]:
-        """Totals over the rows, as if the job had no other samples; `metrics.TOTALS` explains them."""
+        """Totals over these rows, as if they were all samples of the job; `metrics.TOTALS` explains them."""
         return metrics.totals(self.rows, len(self.rows))
 
     @cached_property
@@ -59,7 +59,7 @@ class Job:
 
     @property
     def lossy(self) -> bool:
-        """Whether an answer has the verdict lossy: its verifier may give another output than the target's own."""
+        """Whether an answer has the verdict lossy: its verifier may change the target's own output."""
         return "lossy" in self.totals["verdicts"]
 
     @cached_property

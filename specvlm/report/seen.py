@@ -1,7 +1,7 @@
 """Collect what the drafter saw of a sample: frames, kept tokens, attention, and accepted and refused words.
 
 Reads the frames again from the sample's video, as the job did. That needs the target's folder (configuration and
-tokenizer, no weights). If the video, the sample or that folder is missing, the report says so and goes on.
+tokenizer, no weights). If the video, the sample or that folder is missing, the report says so and continues.
 """
 
 import base64
@@ -41,7 +41,7 @@ ROW_KEYS = ("verdict", "text", "kept_tokens", "video_tokens", "accepted_per_roun
 class Round:
     """Texts of a round: accepted guesses, refused ones, and the target's own token after them.
 
-    Round 0 has only `own`, that token. In a round that a stop id or the token limit cut off before it, `own` is None.
+    Round 0 has only `own`, the target's token. `own` is None if the round was cut off before that token.
     """
 
     accepted: list[str]
@@ -123,7 +123,7 @@ class Seen:
 
 
 def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
-    """Collect the views that jobs with the same token grid have of a sample.
+    """Collect the views of a sample by all jobs with the same token grid.
 
     Args:
         sample: Id of the sample.
@@ -151,7 +151,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
             raise UserError(f"the video now makes {len(grid)} tokens, but the job had {had}: has it changed?")
     except (UserError, OSError) as error:
         return Seen(sample, views=[View(*pair) for pair in did.items()], problem=" ".join(str(error).split()))
-    # Leave out jobs with other frames or another model: their tokens lie on another grid.
+    # Leave out jobs with other frames or another model: their tokens have another grid.
     alike = [pair for pair in did.items() if pair[1]["video_tokens"] == len(grid) and looks(pair[0]) == looks(first)]
     places = SAMPLINGS["uniform"](grid.frames, min(most, grid.frames))
     frames = [place * len(clip.frames) // grid.frames for place in places]
@@ -168,7 +168,7 @@ def see(sample: str, jobs: Sequence[Job], most: int) -> Seen:
 
 
 def looks(job: Job) -> tuple[Any, ...]:
-    """Return the settings on which a sample's token grid, the layout of its video tokens, depends."""
+    """Return the settings that determine a sample's token grid, the layout of its video tokens."""
     return tuple(
         job.settings.get(key) for key in ("target.path", "video", "image", "question", "frames", "fps", "max_pixels", "reader")
     )
@@ -209,7 +209,7 @@ def view(job: Job, row: Row, tokenizer: Any) -> View:
         parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
     kept = next((step["kept"] for step in steps if "kept" in step), None)
     if kept and max(kept) >= total:
-        raise UserError(f"{job.folder} says that token {max(kept)} of {total} was kept: its files do not match")
+        raise UserError(f"{job.folder} lists token {max(kept)} of {total} as kept: its files do not match")
     return View(job, row, kept, heat_of(attention_file(job.folder, row["index"]), total), rounds_of(steps, tokenizer))
 
 
@@ -223,14 +223,14 @@ def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
     try:
         heat: NDArray[np.float32] = load_file(file)["verifier_attention"].float().numpy()
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is no attention file ({message(error)}): run it again with record=true") from None
+        raise UserError(f"{file} is not an attention file ({message(error)}): run it again with record=true") from None
     if heat.shape != (total,) or not np.isfinite(heat).all():
         raise UserError(f"{file} has the attention of {heat.size} tokens, not of {total}: run it again with record=true")
     return heat
 
 
 def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
-    """Decode the texts of each round, whose tokens are the accepted guesses, then the target's own unless cut off."""
+    """Decode the texts of each round: the accepted guesses, then the target's own token unless it was cut off."""
     before: list[int] = []
     rounds = []
     for step in steps:
@@ -244,9 +244,9 @@ def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
 
 
 def scaled(heat: NDArray[np.float32]) -> tuple[str, float]:
-    """Encode heat as base64, one byte per token; also returns the heat for which byte 255 stands.
+    """Encode heat as base64, one byte per token; also returns the heat that byte 255 stands for.
 
-    That is the 99th percentile: if it were the maximum, a few outliers would dim the rest.
+    It is the 99th percentile: if it were the maximum, a few outliers would dim the rest.
     """
     top = max(float(np.quantile(heat, 0.99)), 1e-6)
     return base64.b64encode((heat / top * 255).clip(0, 255).astype(np.uint8).tobytes()).decode(), top

@@ -20,8 +20,8 @@ from specvlm.results import scores
 from specvlm.results.metrics import SPANS
 
 DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
-FEWEST = 6  # samples for a difference to be called one: 2 / 2**6 < 0.05
-SCORE, GAIN = "score:", "gain:"  # before the name of a metric: keys of its score, and of its gain over the target alone
+FEWEST = 6  # minimum number of samples for a significant difference: 2 / 2**6 < 0.05
+SCORE, GAIN = "score:", "gain:"  # prefixes of a metric's name: keys of its score, and of its gain over the target alone
 QUOTIENTS = {f"speedup_{what}": (f"baseline_{what}_s", f"{what}_s") for what in SPANS}
 Columns = Sequence[NDArray[np.float64]]
 
@@ -39,8 +39,8 @@ class Interval:
     def sure(self) -> int:
         """1 or -1 if the whole interval is above or below zero, else 0.
 
-        0 for fewer than FEWEST samples: those all have one sign by chance in more than 5 of 100 cases, and then every
-        resample has it too.
+        0 for fewer than FEWEST samples: their differences all have the same sign by chance in more than 5 of 100 cases,
+        and then every resample has it too.
         """
         if self.low is None or self.high is None or self.count < FEWEST:
             return 0
@@ -139,8 +139,8 @@ def bases(jobs: Sequence[Job], name: str | None) -> dict[Job, Job | None]:
     Args:
         jobs: All jobs.
         name: Label, series or folder of the base; if several match, the one with the job's ratio, else the first.
-            None: the job with pruner=uniform and otherwise the same settings and ratio; if there is none for any job,
-            the first job.
+            None: the job with pruner=uniform and otherwise the same settings and ratio. If no job has one, the first
+            job.
 
     Returns:
         The base of each job; None if there is none or it would be the job itself.
@@ -167,7 +167,7 @@ def called(name: str, jobs: Sequence[Job]) -> list[Job]:
     found = [job for job in jobs if name in (job.label, job.series, job.folder.name, str(job.folder))]
     if not found:
         names = [job.label for job in jobs]
-        raise UserError(f"no job is called {name!r}; there is {'; '.join(names)}.{did_you_mean(name, names)}")
+        raise UserError(f"no job is called {name!r}; choose from {'; '.join(names)}.{did_you_mean(name, names)}")
     return found
 
 

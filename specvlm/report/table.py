@@ -70,7 +70,7 @@ class Cell:
         text: The value as text.
         bounds: Interval of the value as text, or empty.
         against: Difference from the base job as text, with its interval, or empty.
-        side: up or down if the whole interval of the difference is above or below 0, else empty.
+        side: "up" or "down" if the whole interval of the difference is above or below 0, else empty.
     """
 
     key: str
@@ -214,11 +214,11 @@ def problems(jobs: Sequence[Job]) -> list[str]:
 
 
 def comparison_note(against: Mapping[Job, Job | None]) -> str:
-    """Say what the differences in the table are to; empty if no job has a base. against: base of each job, or None."""
+    """Explain which job the table's differences refer to; empty if no job has a base. against: base of each job."""
     others = {base for base in against.values() if base}
     if not others:
         return ""
     series, labels = {base.series for base in others}, sorted(base.label for base in others)
     what = labels[0] if len(labels) == 1 else f"{series.pop()} at the same ratio" if len(series) == 1 else "; ".join(labels)
-    how = f"paired by sample, with its 95 % interval; coloured where that has no 0, from {FEWEST} samples on."
+    how = f"paired by sample, with its 95 % interval; coloured where it excludes 0, from {FEWEST} samples on."
     return f"Below each figure its difference to {what}, {how}"

@@ -22,7 +22,7 @@ LATEX = {
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
-    "[": "{[}",  # a bracket behind a line break would be its argument
+    "[": "{[}",  # a bracket after a line break would be its argument
     "]": "{]}",
 }
 FOREIGN = re.compile("[^\u0000-\u024f\u2010-\u2026]")  # characters that pdfLaTeX does not set
@@ -55,7 +55,7 @@ def csv_of(jobs: Sequence[Job], base: str | None = None) -> str:
 
 
 def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, object]:
-    """Name the ends of a figure's interval, and its difference from the base job with the ends of that one's."""
+    """Return cells by name: a figure's interval ends, its difference from the base job, and that interval's ends."""
     told: dict[str, object] = {f"{key}_low": found.low if found else None, f"{key}_high": found.high if found else None}
     if other is not None:
         told |= {f"{key}_difference": other.value}
@@ -64,12 +64,12 @@ def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, 
 
 
 def formula_free(value: object) -> object:
-    """Put an apostrophe before a text that a spreadsheet would run as a formula: names come from files of others."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula: names come from untrusted files."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def markdown_of(jobs: Sequence[Job], title: str, base: str | None = None) -> str:
-    """Make the summary tables as Markdown, in the form of GitHub."""
+    """Make the summary tables as GitHub Markdown."""
     parts = [f"# {marked(title)}"]
     for group in groups(jobs, base):
         heads = [marked(f"{column.title} {column.unit}".strip()) for column in group.columns]
@@ -108,12 +108,12 @@ def tabular(group: Group) -> str:
 
 
 def small(text: str) -> str:
-    """Set a text in small print, as LaTeX; empty if it is."""
+    """Set a text in small print, as LaTeX; an empty text stays empty."""
     return f"{{\\scriptsize {escaped(text)}}}" if text else ""
 
 
 def figure_of(cell: Cell) -> tuple[str, str]:
-    """Text of a cell and of its interval. What a score gains is a difference itself: it is all that its cell holds."""
+    """Text of a cell and of its interval. A score's gain is itself a difference, which is all that its cell holds."""
     if cell.text:
         return cell.text, cell.bounds
     value, _, bounds = cell.against.partition(" ")
@@ -136,7 +136,7 @@ def whole(cell: Cell) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace all white space by single spaces, so that a name cannot end a comment or a cell; drop control characters."""
+    """Replace white space by single spaces, so that a name cannot end a comment or cell; drop control characters."""
     return " ".join(visible(text).split())
 
 

@@ -60,7 +60,7 @@ def cell(found: Mapping[str, Any] | None) -> TaskCell:
 
 
 def columns(jobs: Sequence[Job]) -> list[tuple[str, str, str]]:
-    """Key, title and unit of each score's columns: the score and, if a rule is lossy, the difference from the target's."""
+    """Key, title and unit of each score's columns: the score and, under a lossy rule, its gain over the target's."""
     lossy = any(job.lossy for job in jobs)
     found = []
     for metric in metrics_of(jobs):

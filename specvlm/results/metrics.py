@@ -34,7 +34,7 @@ KEYS = {
     "drafted_per_round": "mean guesses checked per round, over the same rounds",
     "acceptance_by_depth": "share of the same rounds that accepted at least 1, 2, 3 … guesses, up to the depth of the tree",
     "hit_rate": "share of rounds whose tree was drafted, at least in part, while the one before was checked; null if the "
-    "drafter did not guess on",
+    "drafter does not draft during checks",
     "time_to_first_token_s": "embed + prefill, seconds",
     "drafter_start_s": "prune + draft_prefill after the first token, not what ran before, seconds; 0 if nothing is drafted",
     "decode_s": "drafting and verification of all rounds, without both prefills, seconds (the paper's measure)",
@@ -63,7 +63,7 @@ KEYS = {
     "by how much the target prefers its own in a one-row pass (gap) and in a many-row pass (gap_many_rows), and the mean drift "
     "by rounding; ties: number of tokens of the answer that are not the one-row choice; control, for a tie: whether a second "
     "decode gives the same baseline. null if no token differs",
-    "hf_check": "verdict of `check=hf` or `generate`, by Hugging Face's own model, loaded anew: identical, tie at token K "
+    "hf_check": "verdict of `check=hf` or `generate`, by Hugging Face's model, loaded separately: identical, tie at token K "
     "(gap G), or MISMATCH at token K: why; lossy; or not checked, and why. null while the check is pending",
     "hf_difference": "the first tokens that are not that model's argmax: index; candidates (ours, then the argmax) as ids and "
     "texts; in logits, by how much it prefers its own (gap) and how much of that rounding explains; null if there are none",
@@ -132,7 +132,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
 
 
 def speedups(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """Compute `speedup_…` for each of SPANS; None without a baseline. figures: has `…_s` and `baseline_…_s` of each."""
+    """Compute `speedup_…` for each of SPANS, None without a baseline. `figures` has `…_s` and `baseline_…_s`."""
     return {f"speedup_{span}": ratio_of(figures[f"baseline_{span}_s"], figures[f"{span}_s"] or 0.0) for span in SPANS}
 
 
@@ -146,7 +146,7 @@ def reused(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def reuse_of(steps: Sequence[Step]) -> dict[str, Any]:
-    """Tell how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
+    """Return how much of the prompt earlier requests had computed, and how long that took them (see `KEYS`)."""
     found = next((step.reused for step in steps if step.reused is not None), None)
     return {"reused_tokens": None if found is None else found.tokens, "reused_s": None if found is None else found.seconds}
 
@@ -201,7 +201,7 @@ TOTALS = {
     "metrics": "the metrics of `scores` with all their fields, and where the rules come from",
     "reasons": "why a sample failed or was skipped, by sample",
     "speedup_decode": "baseline_decode_s / decode_s, each summed over the samples that have both; `speedup_end_to_end` and "
-    "`speedup_file_to_last_token` alike",
+    "`speedup_file_to_last_token` likewise",
     "acceptance_by_depth": "mean over samples; a depth that a sample's trees do not reach counts as 0",
     "times_s": "mean seconds by part, over samples",
     "reader": "the library that read the video, pyav or decord, and why; empty if no file was read",
@@ -271,7 +271,7 @@ def hf_checks(done: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 # Largest share of tied tokens that rounding explains, by dtype of the target. It is five times the share that the
 # embedded pairs show on footage they were not trained on (bfloat16 0.6 %, float16 0.06 %, float32 0.03 %); on their own
-# footage they show none. A 7B model with random weights shows 8 %: its logits lie closer together than those of any
+# footage they show none. A 7B model with random weights shows 8 %: its logits are closer together than those of any
 # trained model.
 NORMAL_TIES = {"float64": 0.0, "float32": 0.0015, "float16": 0.003}
 MOST_TIES = 0.03  # for bfloat16 and quantised weights

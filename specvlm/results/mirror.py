@@ -1,6 +1,6 @@
 """Mirror results to a tracker, such as Weights & Biases: one run per job. Files on disk are written first.
 
-An error of the tracker ends the mirror of that job, with a note; the job goes on.
+An error of the tracker ends the mirror of that job, with a note; the job continues.
 """
 
 import threading
@@ -18,7 +18,7 @@ from specvlm.results.metrics import LATER
 from specvlm.strategies import TrackContext, TrackedRun, Tracker, registry
 from specvlm.strategies.fence import inside
 
-LIMIT_S = 90.0  # on every call; a tracker that takes longer is off for all jobs of the command
+LIMIT_S = 90.0  # limit on every call; a tracker that takes longer is turned off for all jobs of the command
 # Keys of a round that are logged, each with a function that makes a number of its value.
 ROUND: dict[str, Callable[[Any], int]] = {"tokens": len, "drafted": int, "accepted": int}
 FIGURES = ("accepted_per_round", "kept_tokens", "video_tokens", "new_tokens", "rounds", "decode_s", "end_to_end_s",
@@ -48,7 +48,7 @@ class Tracking:
 
     @property
     def label(self) -> str:
-        """The tracker's name and, unless it is built in, the package that brings it."""
+        """The tracker's name and, unless it is built in, the package that provides it."""
         plugin = registry.find("tracker", self.chosen.name).plugin
         return f"tracker={self.chosen.name}" + (f" ({plugin})" if plugin != "specvlm" else "")
 
@@ -66,11 +66,11 @@ class Tracking:
         return run
 
     def call(self, action: Callable[[], object], failed: str = "is off for this job") -> bool:
-        """Call into the tracker, in a thread of its own. Returns whether that went well; shows a note if not.
+        """Call into the tracker, in a thread of its own. Returns whether that succeeded; shows a note if not.
 
         Args:
-            action: What to do. A thread confines torch's modes, exits and interrupts of the tracker.
-            failed: What the note says of the tracker if that fails.
+            action: Function to call. The thread confines torch's modes, exits and interrupts of the tracker.
+            failed: What the note says about the tracker if the call fails.
         """
         if self.hangs:
             return False
@@ -167,13 +167,13 @@ class Hangs(Exception):
 
 
 def failure_of(action: Callable[[], object], seconds: float) -> BaseException | None:
-    """Run `action` in a thread, abandoned when time is up. Returns what it raised, or Hangs; None if all went well."""
+    """Run `action` in a thread, abandoned after `seconds`. Returns its exception, or Hangs; None if it succeeded."""
     raised: list[BaseException] = []
 
     def act() -> None:
         try:
             action()
-        except BaseException as error:  # Ctrl-C comes in the main thread alone
+        except BaseException as error:  # Ctrl-C is raised only in the main thread
             raised.append(error)
 
     thread = threading.Thread(target=act, daemon=True)

@@ -1,4 +1,4 @@
-"""Schemas, with bounds, of what is read back from the files that runs write. Other keys of these files are ignored."""
+"""Schemas, with bounds, of data read back from the files that runs write. Other keys of these files are ignored."""
 
 from typing import Annotated, Any, Literal, NotRequired, Required
 
@@ -13,7 +13,7 @@ Tokens = Annotated[int, Within(0, 10_000_000)]  # a number of tokens
 Rank = Annotated[int, Within(0, MOST_GUESSES)]  # of a guess among its siblings, from 0; or a number of siblings
 Share = Annotated[float, Within(0, 1)]
 Real = Annotated[float, Within(0, 1e30)]
-MOST_SCORE = 1e30  # in size, so that sums of scores stay finite
+MOST_SCORE = 1e30  # maximum absolute value, so that sums of scores stay finite
 Score = Annotated[float, Within(-MOST_SCORE, MOST_SCORE)] | None
 
 
@@ -54,7 +54,7 @@ class KeptBaseline(TypedDict):
         tokens: The target's own answer.
         times_s: Seconds by part.
         key: Name of the file, without the suffix: a hash of `made_of`.
-        made_of: What the answer and its times depend on (`baselines.inputs`).
+        made_of: Everything that the answer and its times depend on (`baselines.inputs`).
         digest: SHA-256 of the other fields.
     """
 

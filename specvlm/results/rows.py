@@ -97,7 +97,7 @@ def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
 
 
 def _replaces(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a sample's later line replaces the one before: one that is ok, only by a check that was pending."""
+    """Whether a sample's later line replaces an earlier one. One that is ok is replaced only by its pending check."""
     checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
     return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
@@ -120,7 +120,7 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.yaml: give the folder of a job")
     found = read_yaml(folder / "config.yaml")
     if not isinstance(found, dict):
-        raise UserError(f"{folder / 'config.yaml'} is no configuration of specvlm, or it is damaged")
+        raise UserError(f"{folder / 'config.yaml'} is not a configuration of specvlm, or it is damaged")
     return found
 
 
@@ -199,7 +199,7 @@ class Rows:
         old, end = [line for line, _ in measured], measured[-1][1] if measured else 0
         there_already = len({row.get("sample") for row in [*old, *(row for path in others for row in lines_of(path))]})
         if there_already and not cfg.resume:
-            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to go on, or use another folder")
+            raise Taken(f"{folder} holds {there_already} samples already: give resume=true to continue, or use another folder")
         there = rows_of(folder)
         if there or any(path.exists() and _in_use(path) for path in side_by_side if path != samples):
             if not (folder / "config.yaml").is_file():
@@ -321,7 +321,7 @@ def lines_of(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         torn: Return a last line without a newline, if it is a JSON object.
 
     Raises:
-        UserError: A line is too long, or a line that is not skipped is no JSON object.
+        UserError: A line is too long, or a line that is not skipped is not a JSON object.
     """
     return [line for line, _ in _objects(path, torn)]
 

@@ -18,7 +18,7 @@ SCORES = {
     "than two samples",
     "high": "upper end of that interval",
     "scored": "number of samples with a score",
-    "unscored": "number of samples without one: their right answer is unknown, or the metric's rule leaves them out",
+    "unscored": "number of samples without a score: their right answer is unknown, or the metric's rule leaves them out",
     "baseline": "mean score of the target's own answers, over the samples where both are scored; null without baselines",
     "gain": "mean, over these samples, of our score minus that of the target's own answer, as `mean`, `low` and `high`, from a "
     "bootstrap paired by sample; null without baselines. Below 0, a lossy rule costs that much",
@@ -60,7 +60,7 @@ def score(row: Row, name: str, key: str = "scores") -> float | None:
 
 
 def mean_of(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low, high and scored of some scores, as SCORES explains them."""
+    """Return `mean`, `low`, `high` and `scored` of a list of scores, as SCORES explains them."""
     if not values:
         return {"mean": None, "low": None, "high": None, "scored": 0}
     binary = set(values) <= {0.0, 1.0}
@@ -69,13 +69,13 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low and high of differences between two scores of each sample."""
+    """Return `mean`, `low` and `high` of the differences between two scores of each sample."""
     low, high = bootstrapped(values) if len(values) > 1 else (None, None)
     return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def wilson(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a share (Wilson, 1927). Unlike a bootstrap's, it is not a point if all values are equal."""
+    """95 % interval of a share (Wilson, 1927). It has a width even if all values are equal."""
     count, share = len(values), sum(values) / len(values)
     scale = 1 + Z * Z / count
     middle, half = share + Z * Z / (2 * count), Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
@@ -91,7 +91,7 @@ def bootstrapped(values: Sequence[float]) -> tuple[float, float]:
 
 
 def group_keys(rows: Sequence[Row]) -> list[str]:
-    """Keys of `meta` to group by: their values are texts or whole numbers, few, and shared by two samples on average."""
+    """Keys of `meta` to group by: with few values, texts or whole numbers, that two samples share on average."""
     values = defaultdict[str, list[Any]](list)
     for row in rows:
         for key, value in (row.get("meta") or {}).items():

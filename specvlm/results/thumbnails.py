@@ -1,4 +1,4 @@
-"""Small pictures of frames, and marks of kept tokens, for pages."""
+"""Encode small pictures of frames and sets of kept tokens for HTML pages."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ SIDE = 384  # most pixels on the longer side of a picture
 
 
 def picture(frame: torch.Tensor) -> Image.Image:
-    """Make a picture of at most SIDE pixels a side of a frame, uint8 (3, height, width)."""
+    """Shrink a frame, uint8 (3, height, width), to a picture of at most SIDE pixels per side."""
     image = Image.fromarray(frame.permute(1, 2, 0).numpy())
     image.thumbnail((SIDE, SIDE))
     return image

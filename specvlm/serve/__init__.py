@@ -1,1 +1,1 @@
-"""A server of a pair that speaks OpenAI's chat completions: `python -m specvlm.serve`."""
+"""Serve a pair over OpenAI's chat completions API: `python -m specvlm.serve`."""

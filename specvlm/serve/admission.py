@@ -1,4 +1,4 @@
-"""Let a bounded number of requests in; the others wait in the order in which they came, or are told to come again."""
+"""Admit a bounded number of requests; the others wait in order of arrival, or are asked to retry later."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from time import monotonic
 
 from specvlm.serve.errors import DRAINING, ApiError, busy
 
-LONGEST_WAIT = 60  # most seconds that Retry-After says
+LONGEST_WAIT = 60  # largest value of Retry-After, in seconds
 
 
 class Admission:
-    """Counts requests that run and requests that wait. For one event loop.
+    """Counts running and waiting requests. For one event loop.
 
     Args:
         most: Most requests that run at once.
@@ -23,7 +23,7 @@ class Admission:
     Attributes:
         running: Requests that run.
         held_bytes: Bytes of the bodies of all requests.
-        draining: Whether no more requests are let in.
+        draining: Whether new requests are refused.
     """
 
     def __init__(self, most: int, queue: int, most_bytes: int) -> None:
@@ -31,7 +31,7 @@ class Admission:
         self.running = self.held_bytes = 0
         self.draining = False
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._mean_s = 1.0  # of recent requests, to guess when there is room
+        self._mean_s = 1.0  # mean duration of recent requests, to estimate when there is room
 
     @property
     def waiting(self) -> int:
@@ -44,20 +44,20 @@ class Admission:
         return max(1, min(LONGEST_WAIT, math.ceil(self._mean_s * (1 + self.waiting / self._most))))
 
     def check(self) -> None:
-        """Raise ApiError if no request is let in, or the queue is full."""
+        """Raise ApiError if requests are refused, or the queue is full."""
         if self.draining:
             raise ApiError(DRAINING, "the server is shutting down", code="shutting_down", headers={"retry-after": "5"})
         if self.running >= self._most and self.waiting >= self._queue:
             raise busy("the queue is full: try again later", self.retry_after)
 
     def hold(self, size: int) -> None:
-        """Count bytes of a body. Raises ApiError if there are too many of all requests."""
+        """Count bytes of a body. Raises ApiError if all requests together have too many."""
         if self.held_bytes + size > self._most_bytes:
-            raise busy("too many bytes of requests wait: try again later", self.retry_after)
+            raise busy("waiting requests take too many bytes: try again later", self.retry_after)
         self.held_bytes += size
 
     def release(self, size: int) -> None:
-        """Give bytes of a body back."""
+        """Stop counting bytes of a body."""
         self.held_bytes -= size
 
     async def enter(self, deadline: float) -> None:
@@ -73,7 +73,7 @@ class Admission:
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._next()  # it was let in at the same moment
+                self._next()  # it was admitted at the same moment
             else:
                 self._waiting = deque(other for other in self._waiting if other is not turn)
             if isinstance(error, TimeoutError):
@@ -81,19 +81,19 @@ class Admission:
             raise
 
     def leave(self, seconds: float) -> None:
-        """End a request that ran for so long, and let the next one in."""
+        """End a request that ran for `seconds`, and admit the next one."""
         self._mean_s += 0.1 * (seconds - self._mean_s)
         self._next()
 
     def refuse(self, error: ApiError) -> None:
-        """Let all that wait fail."""
+        """Fail all waiting requests with an error."""
         for turn in self._waiting:
             if not turn.done():
                 turn.set_exception(error)
         self._waiting.clear()
 
     def _next(self) -> None:
-        """Hand a place on to the next request that waits, or give it back."""
+        """Pass a place on to the next waiting request, or free it."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():

@@ -26,7 +26,7 @@ from specvlm.serve.settings import Keys
 from specvlm.video.clips import FOLDER, names
 
 PAGE = Path(__file__).parent / "page"
-SHARED = ("specvlm.results", "page")  # parts that the report has, too
+SHARED = ("specvlm.results", "page")  # page files shared with the report
 GUARDED = ("/v1/", "/specvlm/")  # paths that need a key, if there are keys
 LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 POLICY = (
@@ -64,7 +64,7 @@ class App:
             Route("/metrics", self._metrics, methods=["GET"]),
             Mount("/", StaticFiles(directory=PAGE, packages=[SHARED], html=True)),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _told, ApiError: _told, Exception: _fault}
+        handlers: dict[Any, Any] = {HTTPException: _error_answer, ApiError: _error_answer, Exception: _internal_error}
         self._inner = Starlette(routes=routes, exception_handlers=handlers)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -81,11 +81,11 @@ class App:
         await self._inner(scope, receive, safe)
 
     def _refused(self, scope: Message) -> ApiError | None:
-        """Why a request is not let in. A server for this machine alone refuses pages that call it by another name."""
+        """The error of a refused request, or None. A local server refuses pages that call it by another name."""
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", "localhost").lower())
         if self._local and host not in LOCAL:
-            return ApiError(403, "this server answers localhost alone: give host=0.0.0.0 for other names", code="host_refused")
+            return ApiError(403, "this server answers only localhost: give host=0.0.0.0 for other names", code="host_refused")
         if scope["path"].startswith(GUARDED) and not self._keys.allow(headers.get("authorization")):
             told = "no valid API key: send the header Authorization: Bearer KEY"
             return ApiError(401, told, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
@@ -104,12 +104,12 @@ class App:
 
     async def _view(self, request: Request) -> Response:
         if (view := self.chat.views.get(request.path_params["name"])) is None:
-            raise ApiError(404, "there is no view of this answer (any more): ask with specvlm.explain", code="no_view")
+            raise ApiError(404, "there is no view of this answer, or no longer: ask with specvlm.explain", code="no_view")
         return JSONResponse(view, headers={"cache-control": "no-store"})
 
     async def _clip(self, request: Request) -> Response:
         if (name := request.path_params["name"]) not in names():
-            raise ApiError(404, f"there is no such clip; there is {', '.join(names())}", code="no_such_file")
+            raise ApiError(404, f"there is no such clip; choose from {', '.join(names())}", code="no_such_file")
         return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
@@ -129,7 +129,7 @@ class App:
 
 
 class _Endpoint:
-    """An ASGI application as an endpoint of a route. It is a class, or Starlette would call it with a request."""
+    """An ASGI application as an endpoint of a route. It is a class, since Starlette calls functions with a request."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -145,7 +145,7 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-async def _told(request: Request, error: Any) -> Response:
+async def _error_answer(request: Request, error: Any) -> Response:
     """Answer with an error in OpenAI's form."""
     if isinstance(error, ApiError):
         return error.response()
@@ -153,7 +153,7 @@ async def _told(request: Request, error: Any) -> Response:
     return ApiError(error.status_code, what or str(error.detail), headers=error.headers).response()
 
 
-async def _fault(request: Request, error: Exception) -> Response:
-    """Answer after a fault of the server, which is printed."""
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Print an unexpected error of the server and answer with status 500."""
     traceback.print_exception(error, file=sys.stderr)
-    return ApiError(FAULT, f"a fault of the server ({type(error).__name__})", code="server_error").response()
+    return ApiError(FAULT, f"internal server error ({type(error).__name__})", code="server_error").response()

@@ -21,7 +21,7 @@ class Gone(Exception):
 
 
 class Body:
-    """The body of a request, counted among those of all requests while it is held.
+    """The body of a request. Its bytes count in `Admission` while it is held.
 
     Args:
         admission: Counts the bytes.
@@ -33,7 +33,7 @@ class Body:
         self._admission, self._most, self._seconds, self._held = admission, most, seconds, 0
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
-        """Read it. Raises ApiError as soon as it is too large or too slow; Gone if the client leaves."""
+        """Read the body. Raises ApiError as soon as it is too large or too slow; Gone if the client disconnects."""
         said = headers.get("content-length", "")
         if said.isascii() and said.isdigit() and int(said[:20]) > self._most:
             raise self._too_large()
@@ -59,7 +59,7 @@ class Body:
             raise
 
     def release(self) -> None:
-        """Let the bytes go."""
+        """Stop counting the bytes."""
         self._admission.release(self._held)
         self._held = 0
 

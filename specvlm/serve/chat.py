@@ -1,4 +1,4 @@
-"""Answer chat completions: let a request in, decode it, and write its answer as it comes."""
+"""Answer chat completions: admit a request, decode it, and send its answer as it is decoded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Chat:
     """The endpoint of chat completions, for one event loop.
 
     Args:
-        session: Decodes.
+        session: Session that decodes.
         settings: Limits.
         model: Name of the model.
 
@@ -50,9 +50,9 @@ class Chat:
         session: The session.
         settings: The settings.
         model: Name of the model.
-        admission: Lets requests in.
-        metrics: Counts them.
-        views: What drafters saw.
+        admission: Admits requests.
+        metrics: Counts requests.
+        views: What the drafter saw of recent requests.
     """
 
     def __init__(self, session: Session, settings: Settings, model: str) -> None:
@@ -72,9 +72,9 @@ class Chat:
             request = await asyncio.to_thread(chat_request, raw, self.session.options)
             del raw
             if request.model != self.model:
-                told = f"the model {request.model!r} does not exist; there is {self.model!r}"
+                told = f"the model {request.model!r} does not exist; this server has {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
-            await self._until_gone(Answer(self, request, arrival, send, scope), receive, body)
+            await self._until_disconnected(Answer(self, request, arrival, send, scope), receive, body)
         except ApiError as error:
             self.metrics.answered(error.status)
             await error.response()(scope, receive, send)
@@ -83,9 +83,9 @@ class Chat:
         finally:
             body.release()
 
-    async def _until_gone(self, answer: Answer, receive: Receive, body: Body) -> None:
-        """Answer a request, unless its client goes before the end. Raises what ends it before its first byte."""
-        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_gone(receive))
+    async def _until_disconnected(self, answer: Answer, receive: Receive, body: Body) -> None:
+        """Answer a request, unless its client disconnects. Raises an error that ends it before its first byte."""
+        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -127,7 +127,7 @@ class Chat:
             raise bad(f"{there} are more than {min(limit, context)}: lower max_tokens", "max_tokens", "context_length_exceeded")
 
     def begin(self, request: ChatRequest, body: Body, name: str) -> Generation:
-        """Start a request that was let in. Its place is given back when no thread works for it any more."""
+        """Start an admitted request. Its place is freed when no thread works on it any more."""
         loop, start = asyncio.get_running_loop(), monotonic()
         generation = Generation(self.session, self._threads, lambda: self.prepare(request, body, name), request.explain)
         self._running.add(generation)
@@ -144,7 +144,7 @@ class Chat:
         return generation
 
     async def drain(self) -> None:
-        """Let nobody in any more, and wait until all have ended; those that have not within the bound get an error."""
+        """Refuse new requests and wait until all have ended. Those that exceed `shutdown_timeout` get an error."""
         self.admission.draining = True
         end = monotonic() + self.settings.shutdown_timeout
         while (self._running or self.admission.waiting) and monotonic() < end:
@@ -161,13 +161,13 @@ class Chat:
 
 
 class Answer:
-    """One request that is answered.
+    """Answers one request.
 
     Args:
         chat: The endpoint.
-        request: What is asked for.
-        arrival: When it came, by `perf_counter`.
-        send: Writes to the client.
+        request: The request.
+        arrival: Time of its arrival, by `perf_counter`.
+        send: Sends to the client.
         scope: ASGI's scope.
     """
 
@@ -215,7 +215,7 @@ class Answer:
         await self._write(content, last=True)
 
     async def _stream(self, generation: Generation, completion: Completion) -> None:
-        """Write chunks as rounds end; those that have come together are written together."""
+        """Write a chunk for each round; chunks that are ready at the same time are written together."""
         first = b"".join(event(completion.first(answer)) for answer in range(self._request.answers))
         while len(completion.ends) < self._request.answers:
             found = [await generation.events.get()]
@@ -235,7 +235,7 @@ class Answer:
         return b"".join(map(event, found))
 
     def _seen(self, one: Event, completion: Completion) -> Round | Ended:
-        """Count an event. Raises the error that it tells."""
+        """Count an event and return it. Raises the error of a `Failed`."""
         if isinstance(one, Failed):
             raise one.error
         if isinstance(one, Round):
@@ -266,7 +266,7 @@ class Answer:
 
 
 def told_of(error: BaseException) -> ApiError:
-    """Turn what ended a request into what its client is told. What nobody expects is printed."""
+    """Convert the exception that ended a request to an error for its client. Prints an unexpected one."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, OutOfMemory):
@@ -276,17 +276,17 @@ def told_of(error: BaseException) -> ApiError:
     if isinstance(error, StrategyError):
         return ApiError(FAULT, one_line(error), code="strategy_error")
     traceback.print_exception(error, file=sys.stderr)
-    return ApiError(FAULT, f"a fault of the server ({type(error).__name__})", code="server_error")
+    return ApiError(FAULT, f"internal server error ({type(error).__name__})", code="server_error")
 
 
 def _check_type(headers: Headers) -> None:
-    """Refuse other bodies than JSON: pages of other sites can send those without asking the browser."""
+    """Refuse a body that is not JSON, since pages of other sites can send such bodies without a CORS check."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

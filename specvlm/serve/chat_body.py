@@ -17,7 +17,7 @@ HARMLESS = frozenset(
         *("verbosity", "parallel_tool_calls", "request_id", "priority"),
     )
 )
-# Fields of OpenAI or vLLM that would change the answer, and the values that ask for nothing.
+# Unsupported fields of OpenAI or vLLM that would change the answer, and their values that change nothing.
 NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "function_call", "audio", "prediction", "web_search_options"), NOTHING),
@@ -43,7 +43,7 @@ Text = Annotated[str, Field(max_length=MOST_TEXT)]
 
 
 def few(most: int) -> BeforeValidator:
-    """A bound on the entries of an object. It is checked before each of them gives an error."""
+    """Limit the number of entries of an object. Checked first, so that a huge one does not give an error per entry."""
 
     def check(given: Any) -> Any:
         if isinstance(given, dict) and len(given) > most:
@@ -54,7 +54,7 @@ def few(most: int) -> BeforeValidator:
 
 
 class Body(BaseModel):
-    """A part of the body. Types are strict: "3" and true are no numbers."""
+    """Base class of the body and its parts. Types are strict: "3" and true are not numbers."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -90,7 +90,7 @@ class StreamOptions(Body):
 
 
 class VideoRequest(Body):
-    """How videos are sampled, as vLLM's `media_io_kwargs.video` says it."""
+    """How videos are sampled: vLLM's `media_io_kwargs.video`."""
 
     num_frames: Annotated[int, Field(ge=-1, le=16_384)] | None = None
     fps: Annotated[Finite, Field(le=1000)] | None = None
@@ -111,7 +111,7 @@ class ProcessorRequest(Body):
 
 
 class OwnOptions(BaseModel):
-    """Our options, under the key `specvlm`. Others are refused."""
+    """Our own options, under the key `specvlm`. Unknown ones are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 

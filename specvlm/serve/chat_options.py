@@ -1,4 +1,4 @@
-"""Turn the fields of a body into options of the session's call."""
+"""Convert the fields of a body to options of a session's call."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def options_of(body: ChatBody, own: OwnOptions, default: Options) -> dict[str, A
 
 
 def _verifier(body: ChatBody, default: Options) -> Any:
-    """Choose the verifier: greedy at temperature 0, else `coupled`, or `sampling` if the server's own is that.
+    """Choose the verifier: `greedy` at temperature 0, else `coupled`, or `sampling` if the server's own verifier is.
 
-    None leaves the server's own.
+    Returns None to use the server's own.
     """
     own = default.verifier
     name, values = _named(own)
@@ -57,7 +57,7 @@ def _verifier(body: ChatBody, default: Options) -> Any:
         return "greedy"
     asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": None if body.top_k is None else max(body.top_k, 0)}
     if body.temperature is not None and body.temperature < 0.001:
-        return "greedy"  # below what a verifier takes
+        return "greedy"  # too small for a verifier
     kept = values if name in ("coupled", "sampling") else {}
     return {"name": name if kept else "coupled"} | kept | {key: value for key, value in asked.items() if value is not None}
 
@@ -77,7 +77,7 @@ def _is_random(verifier: Any) -> bool:
 
 
 def _seed(body: ChatBody) -> int:
-    """The request's seed, within the session's bounds; without one, any."""
+    """The request's seed, within the session's bounds; a random one if it has none."""
     return secrets.randbelow(2**53) if body.seed is None else body.seed % (MOST_SEED - 2 * MOST_ANSWERS)
 
 
@@ -110,12 +110,12 @@ def _strategy(kind: str, given: str | dict[str, Any] | None) -> Any:
         if isinstance(value, str) and (len(value) > LONGEST_TEXT or not PLAIN.fullmatch(value)):
             raise bad(f"specvlm.{kind}: {line(value)[:60]!r} is neither a name nor a shape", f"specvlm.{kind}")
         if not isinstance(value, str | int | float | bool | None) or (isinstance(value, float) and not math.isfinite(value)):
-            raise bad(f"specvlm.{kind}: the fields of a strategy are numbers, texts and truth values", f"specvlm.{kind}")
+            raise bad(f"specvlm.{kind}: the fields of a strategy are numbers, strings and booleans", f"specvlm.{kind}")
     return given
 
 
 def sampling_of(body: ChatBody) -> dict[str, Any]:
-    """Frames or frames per second, from vLLM's two places."""
+    """The number of frames or frames per second, from either of the two fields of vLLM."""
     video = (body.media_io_kwargs and body.media_io_kwargs.video) or VideoRequest()
     processor = body.mm_processor_kwargs or ProcessorRequest()
     frames = video.num_frames if video.num_frames is not None and video.num_frames > 0 else None
@@ -123,7 +123,7 @@ def sampling_of(body: ChatBody) -> dict[str, Any]:
     if video.num_frames == 0:
         raise bad("num_frames: expected a number from 1, or -1 for the model's own rule", "media_io_kwargs.video.num_frames")
     if frames is not None and fps is not None:
-        raise bad("num_frames and fps exclude each other: set one", "media_io_kwargs.video")
+        raise bad("num_frames and fps cannot both be set: leave one out", "media_io_kwargs.video")
     if processor.do_sample_frames is False and frames is None and fps is None:
         raise bad("do_sample_frames=false needs num_frames or fps in media_io_kwargs.video", "mm_processor_kwargs")
     return {key: value for key, value in (("frames", frames), ("fps", fps)) if value is not None}

@@ -1,4 +1,4 @@
-"""The body of a chat completion: parse it, and turn it into messages and options of the session."""
+"""Parse the body of a chat completion and convert it to messages and options of the session."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class ChatRequest:
 
     Attributes:
         model: Name of the model.
-        messages: Roles, and contents with addresses in the place of videos and images.
-        options: Options of the session's call, but those that sample frames.
+        messages: Roles, and contents with addresses in place of videos and images.
+        options: Options of the session's call, except those that sample frames.
         sampling: `frames` or `fps`, if the request sets one.
         stream: Whether the answer is a stream.
-        usage: Whether a stream ends with numbers of tokens and statistics.
-        explain: Whether rounds and frames are told.
-        stop_ids: Token ids that end the answer, too.
-        ignore_eos: Whether the checkpoint's do not.
-        ignored: Names of fields that nobody knows.
+        usage: Whether a stream ends with token counts and statistics.
+        explain: Whether the answer describes its rounds and frames.
+        stop_ids: More token ids that end the answer.
+        ignore_eos: Whether the checkpoint's stop ids do not end it.
+        ignored: Names of unknown fields.
     """
 
     model: str
@@ -59,7 +59,7 @@ def chat_request(raw: bytes, default: Options) -> ChatRequest:
         default: Options of the session.
 
     Raises:
-        ApiError: It is no JSON, a field has a wrong value, or asks for what is not supported.
+        ApiError: The body is not JSON, a field has a wrong value, or something is not supported.
     """
     given = _json(raw)
     if len(given) > MOST_NAMES:
@@ -82,24 +82,24 @@ def chat_request(raw: bytes, default: Options) -> ChatRequest:
 
 
 def _json(raw: bytes) -> Any:
-    """Parse JSON. Raises ApiError for anything else; NaN and infinities are no JSON."""
+    """Parse JSON. Raises ApiError for anything else, including NaN and infinities."""
 
     def no_number(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word} is not a number in JSON")
 
     try:
         found = json.loads(raw.decode("utf-8"), parse_constant=no_number)
     except RecursionError:
         raise bad("the body is nested too deeply") from None
     except ValueError as error:
-        raise bad(f"the body is no JSON in UTF-8: {line(str(error))[:200]}") from None
+        raise bad(f"the body is not JSON in UTF-8: {line(str(error))[:200]}") from None
     if not isinstance(found, dict):
         raise bad("the body must be a JSON object")
     return found
 
 
 def _refused(error: ValidationError) -> ApiError:
-    """Put the first finding of pydantic into words."""
+    """Convert pydantic's first error to a message."""
     found = error.errors(include_url=False, include_context=False)
     first = max(found, key=lambda one: len(one["loc"])) if found[0]["loc"][:1] == ("messages",) else found[0]
     place = ".".join(str(step) for step in first["loc"] if not re.search(r"[\[(]|^(str|Message|Part|Address)$", str(step)))
@@ -117,7 +117,7 @@ def _check_unsupported(extra: Mapping[str, Any]) -> None:
 
 
 def _message(message: Message, at: int) -> dict[str, Any]:
-    """Check a message. Only role and content remain; a developer's message is a system message, as OpenAI says."""
+    """Check a message and keep its role and content. As OpenAI says, a developer's message is a system message."""
     where = f"messages.{at}"
     if message.tool_calls or message.function_call or message.role in ("tool", "function"):
         raise bad("tools are not supported", where, "unsupported_parameter")

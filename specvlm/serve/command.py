@@ -18,7 +18,7 @@ Takes the overrides of a run that load the pair and set defaults, such as pair=â
 below. Exit codes are those of a run; 0 after SIGTERM.
 """
 EXTRA = ("starlette", "uvicorn", "prometheus_client", "httpcore")
-OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "check")  # keys that a server has no use for
+OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "check")  # not used by a server
 
 
 def show_help() -> None:
@@ -67,7 +67,7 @@ def command(words: Sequence[str]) -> int:
 
 
 def check(cfg: RunConfig) -> None:
-    """Raise UserError for keys of a run that a server cannot follow."""
+    """Raise UserError for keys of a run that a server does not support."""
     for key in OF_SAMPLES:
         if getattr(cfg, key) is not None:
             raise UserError(f"{key}={getattr(cfg, key)}: a server gets its videos and questions from requests: leave it out")
@@ -76,7 +76,7 @@ def check(cfg: RunConfig) -> None:
 
 
 def name_of(cfg: RunConfig) -> str:
-    """Name of the model in requests: that on the hub, the last part of a folder, or that of an embedded pair."""
+    """Name of the model in requests: its hub name, the last part of a folder, or the name of an embedded pair."""
     path = cfg.target.path
     if path.startswith(EMBEDDED):
         return path.removesuffix("/target")

@@ -19,17 +19,17 @@ TYPES = {
     FAULT: "server_error",
     DRAINING: "service_unavailable_error",
 }  # all others: invalid_request_error
-CLOSING = {"connection": "close"}  # the rest of a body that is not read would be taken for the next request
+CLOSING = {"connection": "close"}  # the unread rest of a body would be taken for the next request
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is sent as the answer to a request.
 
     Args:
         status: HTTP status.
         message: One line for the client.
-        param: Name of the field of the body that is at fault.
-        code: A word for programs, such as "model_not_found".
+        param: Name of the body's field that is wrong.
+        code: Machine-readable code, such as "model_not_found".
         headers: Headers of the answer.
     """
 
@@ -57,10 +57,10 @@ class ApiError(Exception):
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Make the error of a request that cannot be used."""
+    """Make the error for an invalid request."""
     return ApiError(BAD, message, param=param, code=code)
 
 
 def busy(message: str, seconds: int) -> ApiError:
-    """Make the error of a request for which there is no room. seconds: when to come again."""
+    """Make the error for a request that finds no room. seconds: Time after which to retry."""
     return ApiError(BUSY, message, code="busy", headers={"retry-after": str(seconds)})

@@ -1,7 +1,7 @@
-"""Fetch videos and images over http(s): from public addresses alone, within bounds of size and time.
+"""Fetch videos and images over http(s): only from public addresses, within bounds of size and time.
 
 A name is resolved once, all its addresses are checked, and the connection goes to one that was checked. Host header,
-TLS name and certificate stay those of the name. Every redirect is a new address, checked in the same way.
+TLS name and certificate check use the name. Every redirect is checked like a new address.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Address = IPv4Address | IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, and an IPv4 address inside of it, belongs to the public internet."""
+    """Whether an address, and an IPv4 address embedded in it, belongs to the public internet."""
     if isinstance(address, IPv6Address):
         if address.scope_id is not None or address.is_site_local:
             return False
@@ -43,16 +43,16 @@ def is_public(address: Address) -> bool:
 
 
 def fetched(url: str, most: int, seconds: float, hosts: Sequence[str] = ()) -> bytes:
-    """Fetch what an address names.
+    """Fetch the content of a URL.
 
     Args:
-        url: The address.
+        url: The URL.
         most: Most bytes.
         seconds: Most seconds, redirects included.
-        hosts: The only names to fetch from, unless empty.
+        hosts: The only host names allowed; empty allows any.
 
     Raises:
-        ApiError: It is not allowed, too large, too slow, or cannot be fetched.
+        ApiError: The URL is not allowed, or its content is too large, too slow, or cannot be fetched.
     """
     end = monotonic() + seconds
     for _ in range(REDIRECTS + 1):
@@ -68,7 +68,7 @@ def fetched(url: str, most: int, seconds: float, hosts: Sequence[str] = ()) -> b
 
 
 def check_url(url: str, hosts: Iterable[str]) -> None:
-    """Raise ApiError unless this is a plain http(s) address of an allowed name. Numbers are checked when connecting."""
+    """Raise ApiError unless this is a plain http(s) URL of an allowed host. The IP address is checked on connecting."""
     refused = bad(f"{line(url)[:80]}: this address is not fetched", code="address_refused")
     try:
         parts = urlsplit(url)
@@ -84,7 +84,7 @@ def check_url(url: str, hosts: Iterable[str]) -> None:
         except ValueError:
             raise refused from None
     if (hosts := list(hosts)) and host.rstrip(".") not in [one.lower() for one in hosts]:
-        raise bad(f"{line(host)[:80]}: this server fetches from {', '.join(hosts)} alone", code="address_refused")
+        raise bad(f"{line(host)[:80]}: this server fetches only from {', '.join(hosts)}", code="address_refused")
 
 
 def _left(end: float, most: float | None = PATIENCE) -> float:
@@ -95,17 +95,17 @@ def _left(end: float, most: float | None = PATIENCE) -> float:
 
 
 class TimedStream(httpcore.NetworkStream):
-    """A connection that ends at a time, however slowly bytes come: headers, and answers that only announce another, too."""
+    """A connection with a deadline for the whole exchange, however slowly headers, bodies or redirects arrive."""
 
     def __init__(self, inner: httpcore.NetworkStream, end: float) -> None:
         self._inner, self._end = inner, end
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Read what is there."""
+        """Read the available bytes."""
         return self._inner.read(max_bytes, _left(self._end, timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Write all."""
+        """Write all bytes."""
         self._inner.write(buffer, _left(self._end, timeout))
 
     def close(self) -> None:
@@ -115,16 +115,16 @@ class TimedStream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        """Go on with TLS."""
+        """Switch to TLS."""
         return TimedStream(self._inner.start_tls(ssl_context, server_hostname, _left(self._end, timeout)), self._end)
 
     def get_extra_info(self, info: str) -> Any:
-        """What is known of the connection."""
+        """Information on the connection, as httpcore asks for it."""
         return self._inner.get_extra_info(info)
 
 
 class CheckedBackend(httpcore.SyncBackend):
-    """Connects to public addresses alone, until a time."""
+    """Connects only to public addresses, until a deadline."""
 
     def __init__(self, end: float) -> None:
         self._end = end
@@ -134,7 +134,7 @@ class CheckedBackend(httpcore.SyncBackend):
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         places = [str(place[4][0]) for place in found]
         if not places or not all(is_public(ip_address(place)) for place in places):
-            raise bad(f"{line(host)[:80]} is no public address", code="address_refused")
+            raise bad(f"{line(host)[:80]} is not a public address", code="address_refused")
         options["timeout"] = _left(self._end, options.get("timeout"))
         return TimedStream(super().connect_tcp(places[0], port, **options), self._end)
 

@@ -1,4 +1,4 @@
-"""Read and decode a request in threads. The event loop gets what happens, in order."""
+"""Read and decode a request in threads, and post its events to the event loop in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Round:
-    """A round of an answer: its number, its new text, and its words if they are asked for."""
+    """A round of an answer: the answer's number, its new text, and the round's words if they are asked for."""
 
     answer: int
     step: Step
@@ -58,7 +58,7 @@ Event = Started | Round | Ended | Failed
 
 
 class Threads:
-    """Threads of the requests: one for each that runs, more for its further answers, and one that cancels.
+    """Threads of the requests: one for each running request, more for its further answers, and one that cancels.
 
     running: Most requests at once.
     """
@@ -70,17 +70,18 @@ class Threads:
 
 
 class Generation:
-    """A request that runs.
+    """A running request.
 
     Args:
-        session: Decodes.
+        session: Session that decodes.
         threads: Threads to run in.
         prepare: Reads the prompt, in a thread.
-        explain: Whether to tell the words of each round.
+        explain: Whether to report the words of each round.
 
     Attributes:
-        events: What has happened. It holds no more than the answers have rounds, so a slow reader keeps no region.
-        done: Ends when no thread works for the request any more.
+        events: Events so far. There are at most as many as the answers have rounds, so decoding never waits for a slow
+            reader.
+        done: Done when no thread works on the request any more.
     """
 
     def __init__(self, session: Session, threads: Threads, prepare: Callable[[], Asked], explain: bool) -> None:
@@ -102,7 +103,7 @@ class Generation:
         return event.asked
 
     def cancel(self) -> None:
-        """End the request within the round that runs, if it has not ended."""
+        """End the request after its current round, if it has not ended."""
         if not self._cancelled and not self.done.done():
             self._cancelled = True
             self._threads.cancels.submit(self._calls.cancel)
@@ -123,7 +124,7 @@ class Generation:
             told = iter([Started(asked)])
 
             def tell() -> None:
-                for event in told:  # of several answers, the first one tells
+                for event in told:  # posted once, by the first of several answers
                     self._post(event)
 
             with self._session.begun(asked, self._calls, tell) as answers:

@@ -1,4 +1,4 @@
-"""Videos and images of a request: from data URLs, files below allowed folders, and addresses if that is switched on."""
+"""Read videos and images of a request: data URLs, files below allowed folders, and web addresses if enabled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from specvlm.video.clips import FOLDER, names
 from specvlm.video.memory import BytesFile, clip_from_frames, picture
 from specvlm.video.video import Clip, Processed
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # readers of Pillow that run no other program
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's formats whose readers run no other program
 DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+=-]+)*?)(;base64)?,", re.ASCII | re.IGNORECASE)
 CLIP = "embedded:"  # scheme of the clips that come with specvlm
 NO_FILE = "no such file below the folders that this server reads: see its key folders"
@@ -43,7 +43,7 @@ class Media:
     """The messages of a request with clips and pictures in them.
 
     Attributes:
-        messages: As the session takes them.
+        messages: Messages in the session's form.
         clips: The videos, in order.
         pictures: The images, in order.
         size: Bytes of all frames and images, before they are resized.
@@ -59,7 +59,7 @@ class MediaReader:
     """Reads the videos and images of requests. Used from many threads.
 
     Args:
-        session: Its target decides how frames are sampled, and its options which reader decodes.
+        session: Session whose target decides how frames are sampled, and whose options choose the video reader.
         settings: Limits, folders, and whether addresses are fetched.
     """
 
@@ -104,7 +104,7 @@ class MediaReader:
         return {"type": "video", "video": clip}
 
     def _picture(self, content: bytes, found: Media) -> Tensor:
-        """Read an image, or a frame. Its size, and that of all of the request, are checked before it is decoded."""
+        """Read an image or a frame. Checks its size, and that of the whole request, before it is decoded."""
         most = self._settings.max_side_pixels
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as opened:
@@ -115,19 +115,19 @@ class MediaReader:
         except Image.DecompressionBombError:
             raise bad(f"the image has more than {most:,} pixels", code="image_too_large") from None
         except (OSError, ValueError, SyntaxError) as error:
-            raise bad(f"the image cannot be read ({line(str(error))[:120]}): wanted {', '.join(FORMATS)}") from None
+            raise bad(f"the image cannot be read ({line(str(error))[:120]}): expected {', '.join(FORMATS)}") from None
 
     def _count(self, size: int, found: Media) -> None:
-        """Count bytes of frames and images. Raises ApiError if all of the request are too many."""
+        """Count bytes of frames and images. Raises ApiError if the request has too many in total."""
         found.size += size
         if found.size > self._settings.max_size:
             told = f"the frames and images of a request take more than {self._settings.max_clip_mib} MiB"
             raise bad(f"{told}: send fewer or smaller ones", code="media_too_large")
 
     def _video(self, url: str, request: ChatRequest, left: int, found: Media) -> Clip | Processed:
-        """Read a video. Frames as JPEG pictures, as vLLM takes them, are used as they are.
+        """Read a video. Frames given as JPEG images, as vLLM takes them, are used unchanged.
 
-        A file in a folder that was read before is not decoded again, unless the request wants to see its frames.
+        A file that was read before is not decoded again, unless the request asks to see its frames.
         """
         if url[:16].lower().startswith("data:video/jpeg;"):
             parts = url.partition(",")[2].split(",", left + 1)[: left + 1]
@@ -159,20 +159,20 @@ class MediaReader:
             yield path
 
     def _bytes(self, url: str) -> bytes:
-        """The content that a URL names, of bounded size."""
+        """The content of a URL, of bounded size."""
         if (path := self._local(url)) is not None:
             return _content(path, self._settings.max_body)
         if url[:5].lower() == "data:":
             return _data(url)
         if re.match("https?://", url[:8], re.IGNORECASE):
             if not self._settings.fetch:
-                raise bad("this server fetches no addresses: send a data: URL", code="fetch_is_off")
+                raise bad("this server does not fetch addresses: send a data: URL", code="fetch_is_off")
             settings = self._settings
             return fetched(url, settings.max_body, settings.read_timeout, settings.fetch_hosts)
         raise bad(f"{line(url)[:60]}: expected a data:, file: or http(s): URL", code="bad_url")
 
     def _local(self, url: str) -> Path | None:
-        """The file that a URL names, if it names one that may be read. Raises ApiError for one that may not."""
+        """The local file of a URL; None for other URLs. Raises ApiError for a file that may not be read."""
         if url.startswith(CLIP):
             if (name := url.removeprefix(CLIP)) not in names():
                 raise bad(f"{line(url)[:60]}: there is {', '.join(names())}", code="no_such_file")
@@ -183,7 +183,7 @@ class MediaReader:
 
 
 def _allowed(url: str, roots: tuple[Path, ...]) -> Path:
-    """Resolve a file URL. What lies outside, and what is missing, get the same answer.
+    """Resolve a file URL. A file outside the folders gets the same error as a missing one.
 
     Raises ApiError unless it is a regular file below one of the folders, links followed.
     """
@@ -203,7 +203,7 @@ def _allowed(url: str, roots: tuple[Path, ...]) -> Path:
 
 
 def _content(path: Path, most: int) -> bytes:
-    """Read a file of bounded size. The last step of its path is no link, since the path is resolved."""
+    """Read a file of bounded size. Refuses a symbolic link, which a resolved path cannot be."""
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
         found = file.read(most + 1)
     if len(found) > most:
@@ -215,7 +215,7 @@ def _data(url: str) -> bytes:
     """Decode a data URL."""
     head = DATA.match(url[:300])
     if not head:
-        raise bad("this data: URL cannot be read: wanted data:TYPE;base64,…", code="bad_url")
+        raise bad("this data: URL cannot be read: expected data:TYPE;base64,…", code="bad_url")
     body = url[head.end() :]
     return _unpacked(body) if head[3] else unquote_to_bytes(body)
 
@@ -224,4 +224,4 @@ def _unpacked(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise bad("the data of this URL is no base64", code="bad_url") from None
+        raise bad("the data of this URL is not base64", code="bad_url") from None

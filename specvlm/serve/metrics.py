@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, under vLLM's names, which its dashboards know."""
+"""Metrics for Prometheus, under vLLM's names, so that its dashboards work."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Metrics:
     """Counts requests.
 
     Args:
-        session: Its scheduler and caches are looked at when numbers are asked for.
+        session: Session whose scheduler and caches are read when metrics are collected.
         admission: The queue.
-        model: Name of the model, a label.
-        prefix: Before the names.
+        model: Name of the model, used as a label.
+        prefix: Prefix of the names.
     """
 
     def __init__(self, session: Session, admission: Admission, model: str, prefix: str) -> None:
@@ -43,24 +43,24 @@ class Metrics:
         self._generated = self._counter("generation_tokens", "Tokens of answers")
         self._success = self._counter("request_success", "Answers that ended", "finished_reason")
         self._answered = self._counter("http_requests", "Answers over HTTP, by status", "status")
-        self._cancelled = self._counter("requests_cancelled", "Requests whose client went")
+        self._cancelled = self._counter("requests_cancelled", "Requests whose client disconnected")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", LONG)
-        self._between = self._histogram("inter_token_latency_seconds", "Time of a round by its tokens", SHORT)
+        self._between = self._histogram("inter_token_latency_seconds", "Time of a round divided by its tokens", SHORT)
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", LONG)
         self._queued = self._histogram("request_queue_time_seconds", "From arrival until it started, reading included", LONG)
         self._lengths = self._histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS)
         self._answers = self._histogram("request_generation_tokens", "Tokens of an answer", TOKENS)
 
     def text(self) -> bytes:
-        """All numbers, as Prometheus reads them."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def answered(self, status: int) -> None:
-        """Count an answer over HTTP."""
+        """Count an HTTP response."""
         self._answered.labels(self._model, str(status)).inc()
 
     def cancelled(self) -> None:
-        """Count a request whose client went."""
+        """Count a request whose client disconnected."""
         self._cancelled.labels(self._model).inc()
 
     def started(self, arrival: float, prompt: int) -> None:
@@ -102,7 +102,7 @@ class Metrics:
 
 
 class _Engine:
-    """Numbers that are read when they are asked for."""
+    """Metrics that are read when they are collected."""
 
     def __init__(self, session: Session, admission: Admission, prefix: str, model: str) -> None:
         self._session, self._admission, self._prefix, self._model = session, admission, prefix, model
@@ -111,17 +111,17 @@ class _Engine:
         return []
 
     def collect(self) -> list[Any]:
-        """The queue, the scheduler and the caches now."""
+        """Current metrics of the queue, the scheduler and the caches."""
         scheduler, admission, caches = self._session.scheduler, self._admission, self._session.caches
         device = self._session.target.device
         every = caches.bytes_on(device)
         leased = every - caches.bytes_on(device, leased=False)
         return [
-            self._gauge("num_requests_running", "Requests that are read or decoded", admission.running),
+            self._gauge("num_requests_running", "Requests being read or decoded", admission.running),
             self._gauge("num_requests_waiting", "Requests that wait", admission.waiting),
             self._gauge("body_bytes", "Bytes of bodies that are held", admission.held_bytes),
             self._gauge("cache_bytes", "Bytes of KV caches, free ones included", every),
-            self._gauge("leased_cache_bytes", "Those that requests lease", leased),
+            self._gauge("leased_cache_bytes", "Bytes of KV caches that requests lease", leased),
             self._count("passes_asked", "Passes that requests asked for", scheduler.asked),
             self._count("passes_run", "Calls of the engine that served them: fewer, since requests share them", scheduler.run),
         ]

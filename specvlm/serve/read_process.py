@@ -1,7 +1,7 @@
 """Read videos, each in a process of its own with limits on memory and time: `python -m specvlm.serve.read_process FD`.
 
-The process that this starts imports what reading needs, once, and has no threads. It forks for each video. The fork
-server of `multiprocessing` would import the main program again in each child.
+The command starts a process that imports what reading needs, once, and has no threads. It forks for each video. The
+fork server of `multiprocessing` would import the main program again in each child.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from specvlm.video.av_file import container_of
 from specvlm.video.video import MAX_FRAMES, VideoInfo, probe, read_video
 
 LONGEST = 2**16  # bytes of a message
-SPARE = 2 * 2**30  # bytes that reading may take beyond the frames twice
-# What a clip has beside its frames, and a sender may tell.
+SPARE = 2 * 2**30  # bytes that reading may take beyond twice those of the frames
+# Fields of a clip, besides its frames, that the child may send.
 TOLD = ("times", "fps", "total_frames", "source_fps", "reader")
 
 
@@ -48,9 +48,9 @@ class Limits:
 
 
 def serve(control: socket.socket) -> None:
-    """Fork for each message, which comes with a connection for the child, until the other end is closed."""
+    """Fork a child for each message, until the other end is closed. A message carries the child's connection."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing to wait for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need not be waited for
     while True:
         message, given, _, _ = socket.recv_fds(control, LONGEST, 1)
         if not message:
@@ -67,9 +67,9 @@ def serve(control: socket.socket) -> None:
 
 
 def answer(connection: Connection, path: str, reader: str, limits: Limits) -> None:
-    """Tell what the video is, get how to sample it, and send its frames; or tell what is wrong. Runs in the child.
+    """Send a description of the video, receive how to sample it, and send its frames, or an error. Runs in the child.
 
-    What is sent is JSON and plain bytes: a program that took over this process could send anything.
+    Sends only JSON and plain bytes, so that the receiver need not trust a process that a file may have taken over.
     """
     try:
         _limit(limits)
@@ -88,7 +88,7 @@ def answer(connection: Connection, path: str, reader: str, limits: Limits) -> No
 
 
 def described(path: Path, reader: str, limits: Limits) -> VideoInfo:
-    """Describe a video. Its frames' size is looked at before any is decoded."""
+    """Describe a video. Checks the size of its frames before any is decoded."""
     with suppress(av.FFmpegError, OSError, ValueError), container_of(path) as container:
         for stream in container.streams.video:
             _check_size(stream.codec_context.width, stream.codec_context.height, limits)
@@ -127,7 +127,7 @@ def _limit(limits: Limits) -> None:
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, limits.seconds)  # ends this process, whatever it does
+    signal.setitimer(signal.ITIMER_REAL, limits.seconds)  # ends this process in any case
     seconds = int(2 * limits.seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

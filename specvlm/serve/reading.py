@@ -30,12 +30,12 @@ from specvlm.session.options import Options
 from specvlm.video.memory import detached
 from specvlm.video.video import Clip, VideoInfo
 
-LONGEST = 2**22  # bytes of what the process tells beside the frames
+LONGEST = 2**22  # bytes of a message of the process, frames aside
 STARTING_S = 60.0  # seconds that the first video may wait for the process to start
 
 
 class Told(BaseModel):
-    """What the process says of a clip."""
+    """The process's description of a clip."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -74,7 +74,7 @@ class ReadServer:
             return self._control
 
     def stop(self) -> None:
-        """End the process and all that it has forked, so that nobody waits for a video any more."""
+        """End the process and all its forks, so that no thread waits for a video any more."""
         with self._starting:
             if self._process is not None and self._process.poll() is None:
                 with suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ class ReadServer:
                 self._process.wait()
 
     def ask(self, path: Path, reader: str, limits: Limits) -> Connection:
-        """Begin to read a video. Returns the connection to the process that does."""
+        """Begin to read a video. Returns the connection to the process that reads it."""
         ours, theirs = socket.socketpair()
         with theirs:
             message = {"path": str(path), "reader": reader, "limits": asdict(limits)}
@@ -96,7 +96,7 @@ SERVER = ReadServer()
 def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip:
     """Read the frames of a file that the target sees.
 
-    A file that crashes, blocks or exhausts the reader ends its process alone.
+    A file that crashes, blocks or exhausts the reader only ends the reader's process.
 
     Raises:
         UserError: It cannot be read within the limits. The message does not name the file.
@@ -118,7 +118,7 @@ def _read(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip
         with SERVER.ask(path.absolute(), options.reader, limits) as here:
             if not here.poll(limits.seconds + STARTING_S):
                 raise TimeoutError
-            info = VideoInfo(**_heard(here)["info"])
+            info = VideoInfo(**_received(here)["info"])
             sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
             here.send(sampling if any(sampling.values()) else target.sampling(info))
             return _clip(here, limits)
@@ -128,11 +128,11 @@ def _read(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError("the video cannot be read: the reader gave no clip") from None
+        raise UserError("the video cannot be read: the reader sent no clip") from None
 
 
-def _heard(here: Any) -> Mapping[str, Any]:
-    """What the process tells next. Raises UserError if it tells an error."""
+def _received(here: Any) -> Mapping[str, Any]:
+    """Receive the next message. Raises UserError if it is an error."""
     found = json.loads(here.recv_bytes(LONGEST))
     if "error" in found:
         raise UserError(line(str(found["error"])))
@@ -140,9 +140,9 @@ def _heard(here: Any) -> Mapping[str, Any]:
 
 
 def _clip(here: Any, limits: Limits) -> Clip:
-    """Receive the frames. Raises ValueError if they are not what was asked for."""
+    """Receive the frames. Raises ValueError if their description or their size is invalid."""
     try:
-        told = Told.model_validate(_heard(here))
+        told = Told.model_validate(_received(here))
     except ValidationError:
         raise ValueError from None
     count, channels, *_ = told.shape

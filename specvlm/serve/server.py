@@ -1,4 +1,4 @@
-"""Run the application: bounds on slow clients, one line for a port that is taken, and a shutdown that lets answers end."""
+"""Run the application: bounds on slow clients, a one-line error for a taken port, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MORE_CONNECTIONS = 256  # beyond requests that run or wait
 
 
 def bound(settings: Settings) -> socket.socket:
-    """Take the port, before models are loaded. Raises UserError if that is not possible."""
+    """Bind the port before models are loaded. Raises UserError if that is not possible."""
     where = f"host={settings.host} port={settings.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise UserError(f"{where}: there is no such address here ({error.strerror})") from None
+        raise UserError(f"{where}: this machine has no such address ({error.strerror})") from None
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(address)
@@ -59,7 +59,7 @@ class Protocol(H11Protocol):
         super().__init__(*args, **options)
         self._headers_late: asyncio.TimerHandle | None = None
         self._reader_late: asyncio.TimerHandle | None = None
-        self._behind = 0  # bytes that came after the body of the request that runs
+        self._behind = 0  # bytes that arrived after the body of the running request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for headers."""
@@ -87,7 +87,7 @@ class Protocol(H11Protocol):
             self._stop_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that is not used. One whose answer is not read would never be closed."""
+        """Close an idle connection. Aborts it if the client has not read its answer, for which closing would wait."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
@@ -114,11 +114,11 @@ class Protocol(H11Protocol):
         self._stop()
         self._read_on()
         if self.transport.is_closing():
-            self._wait_writing()  # it closes once all is written
+            self._wait_writing()  # it closes once everything is written
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
-        content = json.dumps(bad(f"this is no HTTP request: {msg}").body).encode()
+        """Answer a request that is not HTTP."""
+        content = json.dumps(bad(f"this is not an HTTP request: {msg}").body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             response = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
@@ -128,11 +128,11 @@ class Protocol(H11Protocol):
 
     @property
     def _answers(self) -> bool:
-        """Whether a request that has come completely is not answered yet."""
+        """Whether a request has arrived completely and is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     def _read_on(self) -> None:
-        """Go on reading behind a request: uvicorn stops at the next one, and would not hear that the client goes."""
+        """Keep reading after a request. uvicorn stops at the next one, and would not notice a disconnect."""
         if self._answers:
             self.flow.resume_reading()
 
@@ -155,16 +155,18 @@ class Protocol(H11Protocol):
 
 
 async def full(scope: Message, receive: Receive, send: Send) -> None:
-    """Answer a request of a connection that is one too many."""
+    """Refuse a request on a connection beyond the limit."""
     error = ApiError(DRAINING, "too many connections: try again later", code="busy", headers={"retry-after": "5"} | CLOSING)
     await error.response()(scope, receive, send)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server. The first signal to end lets requests end within a bound, and refuses new ones; the second ends it.
+    """uvicorn's server with a graceful shutdown. The first signal refuses new requests and lets running ones end.
+
+    They get `shutdown_timeout` seconds. The second signal ends the server at once.
 
     Attributes:
-        heard: Signals that came.
+        heard: Signals received.
     """
 
     def __init__(self, app: App) -> None:
@@ -205,7 +207,7 @@ class Server(uvicorn.Server):
         print(f"specvlm: {self._app.chat.model} at http://{shown}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Let requests end at the first signal; end them at the second."""
+        """At the first signal, wait for running requests; at the second, end them."""
         self.heard.append(sig)
         if len(self.heard) > 1 or self._loop is None:
             self.should_exit = self.force_exit = True

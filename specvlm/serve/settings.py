@@ -1,4 +1,4 @@
-"""Keys of the server, beside those of a run."""
+"""Keys of the server, besides those of a run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ KEY_VARIABLE = "SPECVLM_API_KEY"
 LONGEST_KEYS = 2**20  # bytes of a file of keys
 MIB = 2**20
 HELP = {
-    "host": "address to listen on (127.0.0.1: this machine alone)",
+    "host": "address to listen on (127.0.0.1: only this machine)",
     "port": "port to listen on (8000)",
     "name": "name of the model in requests (the target's)",
     "folders": "folders whose files requests may name as file://…, as [/videos,/images] ([]: none)",
-    "fetch": "true: requests may name http(s) addresses, of public machines alone (false)",
+    "fetch": "true: requests may name http(s) addresses, but only of public machines (false)",
     "fetch_hosts": "the only host names to fetch from, as [a.org,b.org] ([]: any)",
-    "api_keys": f"file of API keys, one a line; the variable {KEY_VARIABLE} adds one (null: no key is asked for)",
+    "api_keys": f"file of API keys, one per line; the variable {KEY_VARIABLE} adds one (null: no key is asked for)",
     "running": "most requests that are read and decoded at once (16)",
     "queue": "most requests that wait; more get 429 (64)",
     "queue_timeout": "seconds after which a request that has not started gets 429 (60)",
@@ -132,7 +132,7 @@ class Keys:
             text = read_bytes(Path(file).expanduser(), LONGEST_KEYS).decode(errors="replace")
             own = [word.strip() for word in text.splitlines() if word.strip()]
             if not own:
-                raise UserError(f"api_keys={file}: has no key: write one a line")
+                raise UserError(f"api_keys={file}: has no key: write one per line")
             keys += own
         self._hashes = [sha256(key.encode()).digest() for key in keys]
 

@@ -1,4 +1,4 @@
-"""What the drafter saw of recent requests that asked for it: frames, and the tokens kept of each."""
+"""Keep what the drafter saw of recent requests that asked for it: frames, and the tokens kept in each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_VIEWS, MOST_FRAMES = 32, 64  # requests that are kept; pictures of a reques
 
 
 class Views:
-    """The views of the last requests, by the name of their completion, which nobody can guess."""
+    """The views of the latest requests, by the id of their completion, which cannot be guessed."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def put(self, name: str, view: dict[str, Any]) -> None:
-        """Keep a view; the oldest one goes."""
+        """Keep a view; drops the oldest one if there are too many."""
         self._found[name] = view
         while len(self._found) > MOST_VIEWS:
             self._found.popitem(last=False)
@@ -33,7 +33,7 @@ class Views:
 
 
 def view_of(clips: Sequence[Clip], grids: Sequence[TokenGrid]) -> dict[str, Any]:
-    """Describe the videos of a request, before anything is known of what the drafter sees.
+    """Describe the videos of a request, before it is known what the drafter sees.
 
     A grid's frame may stand for several frames of the clip; its picture is the first of them.
     """

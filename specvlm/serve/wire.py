@@ -1,4 +1,4 @@
-"""What goes over the wire: chat completions, their chunks, logprobs, numbers of tokens and statistics."""
+"""JSON of the answers: chat completions, their chunks, logprobs, token counts and statistics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def new_id() -> str:
-    """A name of an answer that nobody can guess."""
+    """Make an id of a completion that cannot be guessed."""
     return f"chatcmpl-{secrets.token_hex(16)}"
 
 
 def event(value: Any) -> bytes:
-    """One event of a stream."""
+    """Encode one server-sent event of a stream."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
 
 
@@ -34,12 +34,12 @@ class Completion:
     """Builds the JSON of a request's answers.
 
     Attributes:
-        request: What was asked for.
+        request: The request.
         model: Name of the model.
         asked: The prompt that was read.
-        tokenizer: Spells tokens.
+        tokenizer: Tokenizer that decodes tokens.
         name: The completion's id.
-        created: When it was asked for, in seconds.
+        created: Time of the request, in seconds.
         ends: Answers that have ended.
     """
 
@@ -56,7 +56,7 @@ class Completion:
         return self._chunk(answer, {"role": "assistant", "content": ""})
 
     def round(self, one: Round) -> dict[str, Any] | None:
-        """The chunk of a round; None if it has nothing to tell."""
+        """The chunk of a round; None if it has nothing new."""
         if one.marks is None:
             return self._chunk(one.answer, {"content": one.text}) if one.text else None
         view = {"view": f"/specvlm/views/{self.name}"} if one.step.keep is not None else {}
@@ -72,11 +72,11 @@ class Completion:
         return [rest, last] if one.text or one.result.logprobs is not None else [last]
 
     def summary(self) -> dict[str, Any]:
-        """The last chunk of a stream that has been asked for numbers of tokens."""
+        """The last chunk of a stream, if the request asked for token counts."""
         return self._head("chat.completion.chunk") | {"choices": []} | self._numbers()
 
     def whole(self) -> dict[str, Any]:
-        """The completion of a request that is no stream."""
+        """The completion of a request that does not stream."""
         return (
             self._head("chat.completion")
             | {"choices": [self._choice(self.ends[at]) for at in sorted(self.ends)]}
@@ -97,7 +97,7 @@ class Completion:
         return {"index": one.answer, "message": said, "logprobs": logprobs, "finish_reason": one.result.finish_reason}
 
     def _numbers(self) -> dict[str, Any]:
-        """Numbers of tokens, statistics as vLLM tells them, and what of the video was used."""
+        """Token counts, statistics in vLLM's form, and the settings that were used (`_echo`)."""
         prompt = len(self.asked.reading.prompt)
         new = sum(len(one.result.token_ids) for one in self.ends.values())
         usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
@@ -105,7 +105,7 @@ class Completion:
         return {"usage": usage, "metrics": {"speculative_decoding": speculation(steps)}, "specvlm": self._echo()}
 
     def _echo(self) -> dict[str, Any]:
-        """What was used: frames, tokens, strategies and times of the first answer."""
+        """Frames, tokens, strategies and times of the first answer."""
         options, graph, _ = self.asked
         found = self.ends[0].result.statistics if 0 in self.ends else {}
         echo = {key: found.get(key) for key in ("frames", "video_tokens", "kept_tokens", "rounds", "tokens_per_round")}
@@ -118,7 +118,7 @@ class Completion:
     def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.tokenizer.decode([token])
-            part = "\ufffd" in text  # of a character: the tokenizer does not tell its bytes
+            part = "\ufffd" in text  # of a character: the tokenizer does not give its bytes
             spelt = None if part else list(text.encode("utf-8", "replace"))
             return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": spelt}
 

@@ -1,1 +1,1 @@
-"""A loaded pair of models that answers prompts from Python: whole or as a stream, in threads or in asyncio."""
+"""Python API of a loaded pair of models: answers whole or as a stream, from threads or asyncio."""

@@ -27,9 +27,9 @@ class Requests:
     """Submits the requests of a session to its scheduler.
 
     Attributes:
-        scheduler: Runs them.
-        caches: KV caches that they lease.
-        prefixes: What they have computed of their prompts; None if nothing is kept.
+        scheduler: Runs the requests.
+        caches: KV caches that requests lease.
+        prefixes: Kept rows of their prompts; None if nothing is kept.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Requests:
 
         Args:
             work: The request.
-            strategies: Those that take part in it.
+            strategies: Strategies that take part in it.
             size: Bytes of its caches.
         """
         return Call(self, self._watch.over(work, strategies), size)
@@ -56,18 +56,18 @@ class Requests:
         speculate: bool = True,
         started: Callable[[], object] = bool,
     ) -> Call:
-        """Submit the request of a graph. It fails at its beginning if memory does not suffice.
+        """Submit a request to a graph. The request fails at its start if memory does not suffice.
 
         Args:
-            graph: Its models and strategies.
-            prompt: Its prompt.
-            options: Its options.
+            graph: The models and strategies.
+            prompt: The prompt.
+            options: The request's options.
             prefixes: Use this store instead of the graph's.
             speculate: False decodes with the target alone.
             started: Called once there is room for the request.
 
         Raises:
-            UserError: It can never have room.
+            UserError: There can never be room for the request.
         """
 
         def decoding() -> Decoding:
@@ -94,7 +94,7 @@ class Call:
         self._ended = self.cancelled = False
 
     def __iter__(self) -> Iterator[Step]:
-        """Raises OutOfMemory if memory runs out, or the error that ended the request."""
+        """Yield the steps. Raises OutOfMemory if memory runs out, or the error that ended the request."""
         try:
             while (step := self._requests.scheduler.step(self._ticket)) is not None:
                 yield step
@@ -124,7 +124,7 @@ class Cancelled(Exception):
 
 
 class Calls:
-    """The requests of one call of a session, which any thread may cancel together, also before they are submitted."""
+    """The requests of one call of a session. Any thread may cancel them together, even before they are submitted."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
@@ -170,11 +170,11 @@ def begun(
     """Submit requests with one prompt, which share its prefill; at the end of the block, cancel those still running.
 
     Args:
-        requests: Submits them.
-        graph: Their models and strategies.
-        prompt: Their prompt.
+        requests: Submits the requests.
+        graph: The models and strategies.
+        prompt: The prompt.
         every: Options of each request.
-        calls: Cancels them from another thread.
+        calls: Lets another thread cancel the requests.
         speculate: False decodes with the target alone.
         started: Called once there is room for a request.
     """
@@ -189,7 +189,7 @@ def begun(
 
 @contextmanager
 def shared_by(graph: DecodingGraph, prompt: VideoPrompt, count: int) -> Iterator[PrefixStore | None]:
-    """Give a store in which `count` requests share the prefill of their prompt: the graph's, or one for this block."""
+    """Yield a store in which `count` requests share the prefill of their prompt: the graph's, or one for this block."""
     own, size = graph.prefixes, kv_bytes(graph.target, len(prompt), graph.target.dtype)
     if count < 2 or (own is not None and 2 * size <= own.shelf.device_bytes):
         yield own

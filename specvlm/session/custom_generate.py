@@ -26,29 +26,29 @@ from specvlm.session.session import Session
 from specvlm.strategies.verifiers.coupled import own_rule
 from specvlm.types import GenerationOptions, Step, VideoPrompt
 
-OPTIONS = ("pruner", "drafter", "ratio", "positions")  # all else comes from the GenerationConfig
+OPTIONS = ("pruner", "drafter", "ratio", "positions")  # all other options come from the GenerationConfig
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
-    """What `generate` returns with `return_dict_in_generate=True`.
+    """Output of `generate` with `return_dict_in_generate=True`.
 
     Attributes:
-        statistics: Those of each sequence, as in `GenerationResult`.
+        statistics: Statistics of each sequence, as in `GenerationResult`.
     """
 
     statistics: list[dict[str, Any]] | None = None
 
 
 def custom_generate(draft: Any = None, *, processor: str | Path | None = None, engine: str = "auto", **options: Any) -> Any:
-    """Make a decoding method for Hugging Face's `generate`, with a draft: `target.generate(**inputs, custom_generate=…)`.
+    """Make a speculative decoding method for Hugging Face's `generate`: `target.generate(**inputs, custom_generate=…)`.
 
     The output is that of `generate` without it: greedy, or sampled from the same distribution. `GenerationConfig`,
-    logits processors, stopping criteria and streamers apply as usual. Keep the method and use it for all calls: it holds
-    the draft. Several threads may call `generate` with it at once, and then share passes.
+    logits processors, stopping criteria and streamers apply as usual. Keep the method and use it for all calls: it
+    holds the draft. Several threads may call `generate` with it at once, and then share passes.
 
     Args:
-        draft: Folder, name on the hub, or a loaded Hugging Face model. None leaves drafters without a draft model.
+        draft: Folder, name on the hub, or a loaded Hugging Face model. None: only drafters without a draft model work.
         processor: Folder or name on the hub of the tokenizer, by default where the target was loaded from.
         engine: "auto", "eager" or "graphs".
         options: pruner, drafter, ratio and positions, see `Options`.
@@ -83,7 +83,7 @@ class Speculation:
         stopping_criteria: Any,
         generation_config: Any,
         *,
-        # `generate` hands over untouched what has a name here. Of other inputs it would encode the pixels and drop them.
+        # `generate` passes on inputs that are named here. For others it would encode the pixels and drop them.
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         image_sizes: Tensor | None = None,
@@ -119,7 +119,7 @@ class Speculation:
         return SpeculativeOutput(sequences=sequences, statistics=[statistics_of(Reading(prompt, None), s) for s in found])
 
     def _session(self, model: Any) -> Session:
-        """Return the session of a target, made anew if its modules have been replaced. The first one loads the draft."""
+        """Return the session of a target; a new one if its modules were replaced. The first call loads the draft."""
         check_plain(model)
         with self._loading:
             session, tensors = self._sessions.get(model, (None, []))
@@ -131,7 +131,7 @@ class Speculation:
             return session
 
     def _paired(self, model: Any) -> Session:
-        """Make a session of a target. Its generation config is not read: `generate` hands one over."""
+        """Make a session of a target. Does not read its generation config, since `generate` passes one."""
         sides = [Side("target", model, processor=self._processor)]
         if self._draft is not None:
             draft, device = self._draft, model.device if isinstance(self._draft, str | Path) else "auto"

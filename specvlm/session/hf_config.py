@@ -1,4 +1,4 @@
-"""Translate what Hugging Face's `generate` passes to a decoding method: its config, processors and criteria.
+"""Translate the arguments that Hugging Face's `generate` passes to a decoding method: config, processors, criteria.
 
 Shape suffixes: T tokens so far, V vocabulary.
 """
@@ -31,7 +31,7 @@ OTHER_WARPERS = frozenset(
 # Processors whose result depends on more than the token ids and the logits.
 STATEFUL = frozenset({"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"})
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# What `generate` hands over and a prompt alone decides, or that changes no token.
+# Arguments of `generate` that follow from the prompt, or change no token.
 UNUSED = frozenset(
     (
         *("use_cache", "attention_mask", "past_key_values", "cache_position", "logits_to_keep", "mm_token_type_ids"),
@@ -42,7 +42,7 @@ OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 
 
 def check_config(config: Any, others: Mapping[str, Any]) -> None:
-    """Raise UserError for what this method does not do. others: model inputs besides tokens and pixels."""
+    """Raise UserError for unsupported settings. others: model inputs besides tokens and pixels."""
     mode = config.get_generation_mode()
     if mode not in MODES:
         raise UserError(f"generate is asked for {str(mode.value).replace('_', ' ')}, which cannot be speculative here")
@@ -56,23 +56,23 @@ def check_config(config: Any, others: Mapping[str, Any]) -> None:
         raise UserError("past_key_values are not supported with custom_generate: the prompt is read from its beginning")
     for name, value in others.items():
         if value is not None and name not in UNUSED:
-            raise UserError(f"{name} is not supported with custom_generate: give input_ids and pixels alone")
+            raise UserError(f"{name} is not supported with custom_generate: give only input_ids and pixels")
 
 
 def check_positions(given: Tensor | None, own_AS: Tensor) -> None:
-    """Raise UserError for other positions than the model's own. given: (axes, 1, S), with or without those of the text."""
+    """Raise UserError for positions that are not the model's own. given: (axes, 1, S), with or without a text axis."""
     if given is None:
         return
     theirs_AS = (given[-len(own_AS) :, 0] if given.ndim == 3 else given[:1]).cpu()
-    counted_S = torch.arange(own_AS.shape[1])  # what `generate` makes, to which it does not tell videos from text here
+    counted_S = torch.arange(own_AS.shape[1])  # positions that `generate` makes if it does not tell videos from text
     if not torch.equal(theirs_AS, own_AS.cpu()) and not bool((theirs_AS == counted_S).all()):
         raise UserError("position_ids other than the model's own are not supported with custom_generate: leave them out")
 
 
 def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[Any]]:
-    """Split processors into the sampling settings and those that change logits before.
+    """Split processors into sampling settings and the processors that change logits before them.
 
-    Raises UserError for one that cannot be applied to guesses, or that comes in another order than `Sampling` applies.
+    Raises UserError for one that cannot be applied to guesses, or is not in the order in which `Sampling` applies them.
     """
     settings: dict[str, Any] = {}
     rest, order = [], list(WARPERS.values())
@@ -81,7 +81,7 @@ def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[
         if type(one) in WARPERS:
             field = WARPERS[type(one)]
             if any(order.index(field) <= order.index(before) for before in settings):
-                raise UserError(f"{name} after {', '.join(settings)} is not supported with custom_generate: wanted each once")
+                raise UserError(f"{name} after {', '.join(settings)} is not supported with custom_generate: use each once")
             settings[field] = getattr(one, field)
         elif name in OTHER_WARPERS or name in STATEFUL:
             raise UserError(f"{name} is not supported with custom_generate")
@@ -95,7 +95,7 @@ def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[
 
 
 def logits_rule(rest: Sequence[Any], prompt_S: Tensor) -> dict[str, Any]:
-    """Make the options of a request that apply these processors: a repetition penalty alone, or a rule of all."""
+    """Make the options of a request that apply these processors: a repetition penalty, or a rule that applies all."""
     if not rest:
         return {"repetition_penalty": 1.0}
     (first, *more) = rest
@@ -117,7 +117,7 @@ class Processors:
 
 
 class Ending:
-    """Cuts an answer where Hugging Face's stopping criteria end it. They are asked after every token."""
+    """Cuts an answer where Hugging Face's stopping criteria end it. They are called after every token."""
 
     def __init__(self, criteria: Any, prompt_S: Tensor, device: torch.device) -> None:
         self._criteria, self._ids_1T = criteria, prompt_S[None].to(device)
@@ -139,7 +139,7 @@ def streamer_of_caller() -> Any:
     """Return the streamer that was given to the running `generate`; None if there is none.
 
     transformers 5.17 to 5.23 do not pass it on to a callable: `_extract_generation_mode_kwargs` drops it. It is a local
-    variable of `generate`, whose frame is looked for here. Left alone, the streamer would never hear of the end.
+    variable of `generate`, whose frame is looked for here. Otherwise the streamer would never see the answer's end.
     """
     frame = sys._getframe(1)
     while frame is not None:

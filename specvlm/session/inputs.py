@@ -1,4 +1,4 @@
-"""Make the target's prompt of what a caller gives: a text, chat messages or a processor's inputs, videos and images."""
+"""Build the target's prompt from the caller's text, chat messages or processor inputs, videos and images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
 class Reading(NamedTuple):
-    """A prompt, and the number of frames that were read for it. None if the pixels came from elsewhere."""
+    """A prompt, and the number of frames that were read for it; None if the pixels were given already processed."""
 
     prompt: VideoPrompt
     frames: int | None
@@ -89,7 +89,7 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
 
 
 def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
-    """Make the prompt of a processor's inputs. Raises UserError if they cannot be used."""
+    """Build the prompt from a processor's inputs. Raises UserError if they cannot be used."""
     with explained("the processor's inputs cannot be used"):
         return target.hf_prompt(inputs)
 
@@ -100,9 +100,9 @@ def frames_of(video: Clip | Processed) -> int:
 
 
 def clip_of(source: Source, video: Any) -> Clip | Processed:
-    """Read a video. Of a file, sample frames by the options, or by the family's own rule if they set none.
+    """Read a video. From a file, sample frames by the options, or by the family's own rule if they set none.
 
-    Raises UserError if it cannot be read, or the options would sample from frames in memory.
+    Raises UserError if it cannot be read, or the options ask to sample from frames in memory.
     """
     if isinstance(video, BYTES):
         with BytesFile(video) as path:
@@ -142,7 +142,7 @@ def _is_picture(value: Any) -> bool:
 
 
 def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterator[Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yield the messages with clips and pictures in their parts. What is no message is left to `VideoLM.chat`."""
+    """Yield the messages with clips and images in their parts. Invalid messages are left to `VideoLM.chat`."""
     for message in messages:
         role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
         if isinstance(role, str):
@@ -154,12 +154,12 @@ def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterato
 
 
 def _part(source: Source, part: Any, media: Mapping[str, Iterator[Any]]) -> Any:
-    """Read the video or image of a part, which is under its kind or under "path"; an empty part takes the next one."""
+    """Read the video or image of a part, given by its kind or "path"; an empty part takes the next one of `media`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in MEDIA:
         return part
     if other := sorted(str(key) for key in part.keys() - {"type", "path", kind}):
-        raise UserError(f'a part of type {kind} has {", ".join(other)}: wanted "{kind}" or "path"')
+        raise UserError(f'a part of type {kind} has {", ".join(other)}: expected "{kind}" or "path"')
     given = part.get(kind, part.get("path"))
     if given is not None:
         return {"type": kind, kind: clip_of(source, given) if kind == "video" else picture(given)}

@@ -46,32 +46,33 @@ def load_pair(
     """Load a target and its draft.
 
     Args:
-        target: Folder, name on the hub, or a Hugging Face model in eval mode, which is used as it is and not changed.
+        target: Folder, name on the hub, or a Hugging Face model in eval mode, whose weights are used and not changed.
             "embedded:qwen2_5_vl" is a small pair that comes with specvlm, draft included.
-        draft: The draft, given alike. None leaves drafters that need no draft model.
+        draft: The draft, given in the same way. None: only drafters that need no draft model work.
         processor: Folder or name on the hub with tokenizer and processor settings, for loaded models; by default where
             each was loaded from.
         revision: Branch, tag or commit of the target on the hub.
-        draft_revision: The same of the draft.
+        draft_revision: Branch, tag or commit of the draft on the hub.
         dtype: Dtype of the weights; "auto" is the checkpoint's own, and float32 for the embedded pairs.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Loaded models stay where they are.
         draft_device: The draft's device; by default that of the target.
         weights: Quantise the target's text layers: "fp8", "int8" or "int4".
-        draft_weights: The same of the draft.
+        draft_weights: Quantise the draft's text layers, in the same way.
         engine: "auto", "eager" or "graphs".
         mrope: As in `VideoLM`.
-        prefixes: What is kept of prompts, for later calls that begin alike: "auto" takes a quarter of the memory that is
-            free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
+        prefixes: Memory for rows of prompts, which later calls with the same beginning reuse: "auto" is a quarter of
+            the memory that is free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
         stall_ms: Milliseconds that prefills of other calls may add to a round of a call that decodes. A layer of a
             prefill runs even if it takes longer.
         options: Default options of calls, see `Options`.
 
     Returns:
-        The session. A warning tells of a draft that is larger than the target, of settings of the checkpoint that are
-        not applied, and of an engine that cannot run here.
+        The session. Warns if the draft is larger than the target, if settings of the checkpoint are not applied, and if
+        the engine cannot run here.
 
     Raises:
-        UserError: A model or an option cannot be used, the two models are no pair, or they do not fit into memory.
+        UserError: A model or an option cannot be used, the two models do not form a pair, or they do not fit into
+            memory.
     """
     check_choice("mrope", mrope, list(Mrope))
     name = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
@@ -114,10 +115,10 @@ def paired(
 
 @dataclass(frozen=True)
 class Side:
-    """A model to load, or a loaded one, with the arguments that are for it.
+    """A model to load, or a loaded one, with its arguments.
 
     Raises:
-        UserError: An argument is not for a model that is given like this.
+        UserError: An argument does not apply to a model given in this way.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Side:
         return "float32" if self.dtype == "auto" and str(self.given).startswith(EMBEDDED) else self.dtype
 
     def need(self, slots: int) -> Need | None:
-        """What the model needs with a cache of `slots` tokens; None if it is loaded already. Reads no weights."""
+        """Memory that the model and a cache of `slots` tokens need; None if it is loaded already. Reads no weights."""
         if not self.loads:
             return None
         bare = skeleton(model_folder(str(self.given)), self.mrope, self.revision)
@@ -188,24 +189,24 @@ def _pair_of(target: Any) -> bool:
 
 
 def _embedded(target: Any, draft: Any) -> tuple[Any, Any]:
-    """Resolve the name of an embedded pair. Returns other arguments as they are."""
+    """Resolve the name of an embedded pair. Returns other arguments unchanged."""
     if not _pair_of(target):
         return target, draft
     name, known = target.removeprefix(EMBEDDED), sorted(path.parent.name for path in model_folder(EMBEDDED).glob("*/target"))
     if name not in known:
-        raise UserError(f"{target}: there is no such embedded pair; there is {', '.join(known)}.{did_you_mean(name, known)}")
+        raise UserError(f"{target}: no such embedded pair; choose from {', '.join(known)}.{did_you_mean(name, known)}")
     return f"{target}/target", f"{target}/plain" if draft is None else draft
 
 
 def _unused(**arguments: Any) -> None:
-    """Raise UserError for an argument of the draft, if there is none."""
+    """Raise UserError for an argument of the draft that is set although there is no draft."""
     for name, value in arguments.items():
         if value is not None:
             raise UserError(f"{name}={value}, but there is no draft: give one, or leave it out")
 
 
 def _warn(session: Session) -> None:
-    """Warn of what costs speed, or makes the answer another one than that of `generate`."""
+    """Warn of settings that cost speed, or make the answer differ from that of `generate`."""
     target, draft = session.target, session.draft
     sizes = [0 if one is None else sum(weight.numel() for weight in one.hf.parameters()) for one in (target, draft)]
     if sizes[1] > sizes[0]:

@@ -26,7 +26,7 @@ NUMBERS: dict[str, type[int] | type[float]] = {
     **dict.fromkeys(("max_new_tokens", "seed", "n", "logprobs", "max_pixels", "frames"), int),
     **dict.fromkeys(("ratio", "repetition_penalty", "presence_penalty", "frequency_penalty", "fps"), float),
 }
-# What other libraries call things, and how to ask for them here.
+# Option names of other libraries, and what to use here instead.
 ELSEWHERE = {
     **dict.fromkeys(
         ("temperature", "top_p", "top_k", "do_sample"),
@@ -43,12 +43,12 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `generate` and `stream`. `load_pair` sets defaults for a session; a call replaces single ones.
+    """Options of `generate` and `stream`. `load_pair` sets defaults for a session; a call can replace each of them.
 
     Attributes:
         pruner: Chooses the video tokens that the drafter sees: a name, a mapping of `name` and fields, or an instance.
-        drafter: Makes the guesses, given in the same ways. By default "tree"; without a draft model "prompt_lookup".
-        verifier: Accepts guesses, given in the same ways. "greedy", "sampling" and "coupled" are exact.
+        drafter: Makes the guesses; given like `pruner`. By default "tree"; without a draft model "prompt_lookup".
+        verifier: Accepts guesses; given like `pruner`. "greedy", "sampling" and "coupled" are exact.
         ratio: Share of the video tokens hidden from the drafter.
         positions: Rotary positions of the drafter's tokens: "original" or "reindexed".
         max_new_tokens: Maximum number of tokens of the answer.
@@ -56,17 +56,18 @@ class Options:
         n: Number of answers to draw after one prefill. None gives one result, a number a list of results.
         stop: A text, or several, that end the answer. They are not part of its text.
         stop_ids: A token id, or several, that end the answer, instead of the checkpoint's.
-        logprobs: Return the log-probabilities of the answer's tokens, and of this many of the best tokens in place of each.
+        logprobs: Return log-probabilities: of each token of the answer, and of this many most likely tokens at its
+            place.
         repetition_penalty: Divides positive logits of tokens in prompt and answer. None takes the checkpoint's.
         presence_penalty: Subtracted from the logits of tokens in the answer.
-        frequency_penalty: The same, once for each time a token is in the answer.
+        frequency_penalty: Subtracted from the logits of a token once for each time that it is in the answer.
         logit_bias: Added to the logits of these token ids, within -100 and 100.
         frames: Number of frames to sample from a video file. None, also for fps: the family's own rule.
         fps: Frames per second to sample from a video file.
         max_pixels: Most pixels of a frame. None: the checkpoint's limit.
         reader: Reader of video files: "auto", "pyav" or "decord".
         check: Also decode with the target alone and compare: see `GenerationResult.verdict`.
-        speculate: Draft. False decodes with the target alone, without logprobs; the answer is the same.
+        speculate: Whether to draft. False decodes with the target alone, without logprobs; the answer is the same.
 
     Raises:
         UserError: A value is not allowed.
@@ -101,11 +102,11 @@ class Options:
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)
         if self.fps is not None and self.fps <= 0:
-            raise UserError(f"fps={self.fps}: wanted frames per second, a number above 0")
+            raise UserError(f"fps={self.fps}: expected frames per second, a number above 0")
         check_range("seed", self.seed, 0, MOST_SEED - (self.n or 1))
         for name in ("check", "speculate"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)!r}: wanted True or False")
+                raise UserError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.logprobs is not None and not self.speculate:
             raise UserError("logprobs and speculate=False cannot be combined yet: leave one of them out")
         check_choice("reader", self.reader, NAMES)
@@ -117,7 +118,7 @@ class Options:
         for name in given:
             if name not in known:
                 hint = ELSEWHERE.get(name)
-                hint = f": {hint}" if hint else f"; there is {', '.join(known)}.{did_you_mean(name, known)}"
+                hint = f": {hint}" if hint else f"; choose from {', '.join(known)}.{did_you_mean(name, known)}"
                 raise UserError(f'there is no option "{name}"{hint}')
         return replace(self, **given)
 
@@ -146,7 +147,7 @@ class Options:
 class Penalties:
     """Rule of a request that lowers the logits of tokens in the answer, and adds to those of given tokens.
 
-    The prompt does not count. Together: logit - presence * [count > 0] - frequency * count + bias.
+    Computes logit - presence * [count > 0] - frequency * count + bias. Tokens of the prompt do not count.
 
     Raises:
         UserError: A number is outside of -100..100.
@@ -159,7 +160,7 @@ class Penalties:
     def __post_init__(self) -> None:
         for name in ("presence", "frequency"):
             if not abs(value := getattr(self, name)) <= MOST_BIAS:
-                raise UserError(f"{name}_penalty={value}: wanted a number within -100 and 100")
+                raise UserError(f"{name}_penalty={value}: expected a number within -100 and 100")
 
     def check(self, vocabulary: int) -> None:
         """Raise UserError if a token is not one of the target's."""
@@ -190,18 +191,18 @@ def _built(kind: str, chosen: Any) -> Any:
             raise UserError(f"{kind}={chosen!r} is a {chosen.kind}")
         return chosen
     if not isinstance(chosen, str | Mapping):
-        raise UserError(f"{kind}={chosen!r}: wanted a name, a mapping of name and fields, or an instance")
+        raise UserError(f"{kind}={chosen!r}: expected a name, a mapping of name and fields, or an instance")
     return registry.build(kind, chosen)
 
 
 def _number(name: str, value: Any, kind: type[int] | type[float], optional: bool) -> None:
-    """Raise UserError unless a value is a number of a kind. A truth value is none."""
+    """Raise UserError unless a value is a number of a kind. A bool is not a number."""
     if value is None and optional:
         return
     fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not fits or (kind is float and not _finite(value)):
         wanted = "a whole number" if kind is int else "a finite number"
-        raise UserError(f"{name}={line(repr(value))}: wanted {wanted}" + (" or None" if optional else ""))
+        raise UserError(f"{name}={line(repr(value))}: expected {wanted}" + (" or None" if optional else ""))
 
 
 def _finite(value: Any) -> bool:
@@ -215,7 +216,7 @@ def _texts(given: Any) -> tuple[str, ...]:
     """Return the stop texts. Raises UserError for anything else, and for an empty one."""
     texts = (given,) if isinstance(given, str) else () if given is None else given
     if not isinstance(texts, LISTS) or not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"stop={given!r}: wanted texts, none of them empty")
+        raise UserError(f"stop={given!r}: expected texts, none of them empty")
     return tuple(texts)
 
 
@@ -225,19 +226,19 @@ def _ids(given: Any) -> frozenset[int] | None:
         return None
     ids = (given,) if isinstance(given, Integral) else given
     if not isinstance(ids, LISTS) or not all(map(_is_id, ids)):
-        raise UserError(f"stop_ids={given!r}: wanted token ids, whole numbers from 0")
+        raise UserError(f"stop_ids={given!r}: expected token ids, whole numbers from 0")
     return frozenset(map(int, ids))
 
 
 def _biases(given: Any) -> dict[int, float]:
     """Return the biases by token id. Raises UserError for anything else."""
     if not isinstance(given, Mapping | None):
-        raise UserError(f"logit_bias={given!r}: wanted a mapping of token ids to numbers")
+        raise UserError(f"logit_bias={given!r}: expected a mapping of token ids to numbers")
     for token, value in (given or {}).items():
         if not _is_id(token):
-            raise UserError(f"logit_bias has the key {token!r}: wanted token ids, whole numbers from 0")
+            raise UserError(f"logit_bias has the key {token!r}: expected token ids, whole numbers from 0")
         if not isinstance(value, Real) or isinstance(value, bool) or not abs(float(value)) <= MOST_BIAS:
-            raise UserError(f"logit_bias of token {token} is {value!r}: wanted a number within -100 and 100")
+            raise UserError(f"logit_bias of token {token} is {value!r}: expected a number within -100 and 100")
     return {int(token): float(value) for token, value in (given or {}).items()}
 
 

@@ -15,7 +15,7 @@ from specvlm.types import GenerationOptions, Step, TokenLogprobs
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer and how it came about.
+    """An answer and its statistics.
 
     Attributes:
         text: The answer, without special tokens and stop text.
@@ -23,7 +23,7 @@ class GenerationResult:
         finish_reason: "stop" if a stop id or a stop text ended it, "length" if the token limit did.
         statistics: Numbers of tokens, frames and rounds, acceptance and times, under the names that the keys of
             `summary.json` have. Times are those of the request's own work; while several requests run, they include
-            waiting for each other. `frames` is the number of frames read, None if the pixels came processed.
+            waiting for each other. `frames` is the number of frames read, None if the pixels were given processed.
         verdict: "identical", "numeric tie at token …" or "MISMATCH at token …: …", compared with the target alone;
             "sampled" or "lossy" if there is nothing to compare with; "not checked" without `check=True`.
         logprobs: Log-probabilities of each token by the target's plain logits, if asked for.

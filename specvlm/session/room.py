@@ -20,9 +20,9 @@ FOR_CACHES = 0.8  # share of the free memory that the caches of running requests
 
 
 def room_for(models: Sequence[VideoLM], prefixes: PrefixStore | None = None) -> int:
-    """Return the bytes that the caches of requests that run at the same time may take. Other requests wait.
+    """Return the bytes that the caches of concurrent requests may take. Other requests wait.
 
-    prefixes: Its memory is not theirs.
+    prefixes: Store whose memory is reserved.
     """
     free = sum(map(free_bytes, {stage.device for model in models for stage in model.stages}))
     return int(FOR_CACHES * (free - (0 if prefixes is None else prefixes.shelf.device_bytes)))
@@ -43,7 +43,7 @@ def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
 def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions) -> None:
     """Check that a request's caches, its activations and the passes that it may share fit into memory.
 
-    Caches that are free count as memory. What is kept of prompts is dropped if its memory is needed. Raises UserError.
+    Free caches count as free memory. Kept prompts are dropped if their memory is needed. Raises UserError.
     """
     models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
     dtypes = {side: model.dtype for side, model in models.items()}
@@ -83,7 +83,7 @@ def _cache(model: VideoLM, slots: int) -> dict[torch.device, int]:
 
 
 def _check(wanted: Mapping[torch.device, int], held: Mapping[torch.device, int], what: str, how: str) -> None:
-    """Raise UserError if a device has too little. held: Bytes that are used again."""
+    """Raise UserError if a device has too little memory. held: Bytes that are used again."""
     for device, size in wanted.items():
         have = free_bytes(device) + held.get(device, 0)
         if size > have:

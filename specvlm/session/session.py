@@ -36,7 +36,7 @@ MOST_CALLS = 256  # threads that wait for calls from asyncio
 
 
 class Asked(NamedTuple):
-    """A call's options, the graph that they make, and its prompt."""
+    """A call's options, the graph built from them, and its prompt."""
 
     options: Options
     graph: DecodingGraph
@@ -46,8 +46,8 @@ class Asked(NamedTuple):
 class Session:
     """A target, a draft and default options, from `load_pair`. Safe to use from several threads and from asyncio.
 
-    Calls that overlap share forward passes. Each call has its own options, caches and random numbers, so its answer is
-    the one it has alone. Nothing needs to be closed.
+    Calls that overlap share forward passes. Each call has its own options, caches and random numbers, so it gets the
+    answer that it would get alone. Nothing needs to be closed.
 
     Attributes:
         target: The target model.
@@ -55,7 +55,7 @@ class Session:
         options: Default options of calls.
         engine: Runs the passes.
         caches: KV caches, kept between calls.
-        prefixes: What calls have computed of their prompts, for later ones that begin alike; None if nothing is kept.
+        prefixes: Kept rows of prompts, for later calls with the same beginning; None if nothing is kept.
         videos: Files whose videos are known, and need not be decoded again; None if nothing is kept.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
         requests: Submits requests to the scheduler.
@@ -100,7 +100,7 @@ class Session:
             videos: A video or several: paths, names of embedded clips, bytes of files, uint8 arrays or tensors of
                 frames, lists of frames, or clips of `read_video` and `clip_from_frames`. They come before the question,
                 or in place of the messages' parts {"type": "video"}.
-            images: An image or several, given alike.
+            images: An image or several: paths, bytes, arrays, tensors or Pillow images.
             n: Number of answers to draw after one prefill.
             options: See `Options`.
 
@@ -118,8 +118,8 @@ class Session:
         Args: As in `generate`, without `n`.
 
         Returns:
-            An iterator of texts in whole characters. Closing it, or leaving its `with` block, ends the request and frees
-            its caches.
+            An iterator of texts in whole characters. Closing it, or leaving its `with` block, ends the request and
+            frees its caches.
 
         Raises:
             UserError: As `generate` does.
@@ -174,7 +174,7 @@ class Session:
         return DecodingGraph(*models, asked, self._vocabulary, self.caches, self.engine, self.prefixes)
 
     def _streamed(self, asked: Options, graph: DecodingGraph, reading: Reading) -> TextStream:
-        """Begin a stream. Raises UserError for options that only whole results can have."""
+        """Begin a stream. Raises UserError for options that a stream does not support."""
         for name in ("n", "check"):
             if getattr(asked, name):
                 raise UserError(f"{name}={getattr(asked, name)}: a stream is one answer, not compared: call generate")

@@ -18,7 +18,7 @@ from specvlm.types import GenerationOptions, Step
 class TextStream(Iterator[str]):
     """The text of an answer as it is decoded, in whole characters.
 
-    A stream that is no longer referenced is closed. Of several threads that read it, each piece goes to one.
+    A stream that is no longer referenced is closed. If several threads read it, each piece goes to one of them.
     """
 
     def __init__(self, target: VideoLM, reading: Reading, options: GenerationOptions, call: Call) -> None:
@@ -29,7 +29,7 @@ class TextStream(Iterator[str]):
 
     @property
     def result(self) -> GenerationResult | None:
-        """The result, after the last piece. None before, and if the stream was closed."""
+        """The result, available after the last piece. None before that, or if the stream was closed."""
         return self._results[0] if self._results else None
 
     def __next__(self) -> str:

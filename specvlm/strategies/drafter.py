@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DraftPrefill:
-    """Prefills the model of a session. The loop's own starts behind what earlier requests have computed."""
+    """Prefills the model of a session. The loop's implementation reuses rows that earlier requests have computed."""
 
     def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:
         """Compute the video features of a model, as `VideoLM.features` does."""
@@ -83,7 +83,7 @@ class DraftContext:
         next_shape: Chooses the shape of the next tree, by measured costs, this request's acceptance and the requests
             that run now; a root alone where plain decoding is faster. For drafters that may draft any shape: call it
             once in each `propose`. None: choose a fixed shape.
-        prefill: Prefills the session's model. A session that uses it starts faster if its video was seen before.
+        prefill: Prefills the session's model. A session that uses it starts faster if the video occurred before.
     """
 
     prompt: VideoPrompt
@@ -118,7 +118,8 @@ class DraftSession(ABC):
     """Drafter state of one request, created by `Drafter.start`.
 
     Attributes:
-        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session does not guess on.
+        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session has no
+            `guess_on`.
     """
 
     drafted_ahead: int | None = None
@@ -144,15 +145,15 @@ class DraftSession(ABC):
     def guess_on(self, done: Callable[[], bool]) -> Work[None] | None:
         """Draft below likely outcomes of the last tree's check, while the target runs it.
 
-        The next `propose` learns which outcome came true. Its tree must not depend on how far this got: under a rule that
-        samples, guesses that go by the device's speed would not be fair draws.
+        The next `propose` learns which outcome came true. Its tree must not depend on how far this method got: under
+        sampling, guesses that depend on the device's speed would bias the output.
 
         Args:
-            done: Says without waiting whether the verdict is there, or the check does not run at the same time. Then
-                return: the request waits for nothing else.
+            done: Returns at once whether the verdict is ready, or the check does not run at the same time. Once it is
+                true, return, since the request waits for nothing else.
 
         Returns:
-            None not to guess on, or a generator of passes and calls, as for `propose`. It must not read on the host
+            A generator of passes and calls, as for `propose`, or None to draft nothing. It must not read on the host
             what depends on the check.
         """
         return None

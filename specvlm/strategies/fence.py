@@ -72,8 +72,8 @@ class inside:
     Ordinary errors get a note that names the strategy. Errors that callers would misread become a StrategyError: an
     OSError (which would look like a full results disk), StopIteration, a KeyboardInterrupt without the user's Ctrl-C,
     SystemExit and the like, and specvlm's own errors and their subclasses. Only StrategyError, UserError and
-    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored. One may be entered again after
-    it was left, but not within itself.
+    MissingVideo are raised unchanged. In the main thread, the SIGINT handler is restored. An instance may be entered
+    several times, but not nested.
 
     It is a class because a round enters it a dozen times, and `contextmanager` takes three times as long.
 
@@ -104,13 +104,13 @@ class inside:
         # Leave the modes at once, too: the loop may cache tensors that it creates under them.
         left = leave_modes(self.modes) if modes_entered() != self.modes else ""
         if error is not None:
-            self._tell(error)
+            self._replace_or_pass(error)
         elif left:
             raise StrategyError(f"{self.label} left torch in {left} of its own")
         elif INTERRUPTS.heard > self.heard:
             raise _interrupted(self.label)
 
-    def _tell(self, error: BaseException) -> None:
+    def _replace_or_pass(self, error: BaseException) -> None:
         """Raise the error that replaces this one. Return if this one may propagate, after adding a note if needed."""
         label, heard = self.label, self.heard
         if INTERRUPTS.heard > heard and not isinstance(error, KeyboardInterrupt):
@@ -181,7 +181,7 @@ def sizes_of(drafter: Drafter) -> tuple[int, int]:
 
 
 def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Call:
-    """Check what a drafter yields. Returns it, a pass with its slots read to the host.
+    """Check and return what a drafter yields. The slots of a pass are copied to the host.
 
     Raises:
         StrategyError: It is not a valid pass or call of a routine, or does not write to a cache that the session took.
@@ -189,7 +189,7 @@ def checked_item(drafter: Drafter, lease: CacheLease, item: object) -> Pass | Ca
     """
     label = label_of(drafter)
     if type(item) is not Pass and type(item) is not Call:  # a subclass may answer otherwise once it has been checked
-        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, wanted a Pass or a call of a Routine")
+        raise StrategyError(f"{label}: propose yielded a {type(item).__name__}, expected a Pass or a call of a Routine")
     cache = item.cache if isinstance(item, Pass) else item.routine.cache
     if not lease.has(cache):
         raise StrategyError(f"{label}: a pass writes to a cache that the session did not take: use ctx.caches.take")
@@ -257,7 +257,7 @@ def checked_tree(drafter: Drafter, tree: DraftTree, root: int, most: int, vocabu
     """
     label = label_of(drafter)
     if not isinstance(tree, DraftTree):
-        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, wanted a DraftTree")
+        raise StrategyError(f"{label}: propose returned a {type(tree).__name__}, expected a DraftTree")
     try:
         parents, ranks = _shape(tree.parents, tree.ranks)
     except (TypeError, ValueError) as error:
@@ -290,14 +290,14 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
     if not parents or parents[0] != -1 or any(not 0 <= parent < node for node, parent in enumerate(parents) if node):
         raise ValueError(f"parents must be -1 for the root and parents[i] < i for the others, got {parents!r:.200}")
     if ranks is not None and (len(ranks) != len(parents) or min(ranks) < 0):
-        raise ValueError(f"ranks must be one a node, none negative, got {ranks!r:.200}")
+        raise ValueError(f"ranks must be one per node, none negative, got {ranks!r:.200}")
     return parents, ranks
 
 
 def is_ours(value: object) -> bool:
-    """Return True for an instance of a class of specvlm's own, unless a method of it may have been replaced.
+    """Return True for an instance of one of specvlm's own classes, unless one of its methods may have been replaced.
 
-    That is, `propose` is set on the instance, or, on a dataclass, anything besides its fields.
+    That is, `propose` is set on the instance, or, for a dataclass, any attribute besides its fields.
     """
     own = vars(value) if hasattr(value, "__dict__") else {}
     fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets
@@ -320,7 +320,7 @@ def checked_verdict(verifier: Verifier, verdict: Verdict, tree: DraftTree, vocab
     path, bonus = getattr(verdict, "path", None), getattr(verdict, "bonus", None)
     whole = type(path) is tuple and len(path) > 0 and all(type(node) is int for node in path) and 0 <= path[-1] < len(tree)
     if not whole or path != tree.way_to(path[-1]):  # type: ignore[index]
-        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is no path from the root of a tree of {len(tree)} nodes")
+        raise StrategyError(f"{label_of(verifier)}: {path!r:.200} is not a path from the root of a tree of {len(tree)} nodes")
     if type(bonus) is not int or not 0 <= bonus < vocabulary:
         raise StrategyError(f"{label_of(verifier)}: the next token must lie within 0..{vocabulary - 1}, got {bonus!r:.200}")
     return Verdict(path, bonus)

@@ -14,8 +14,8 @@ FACTORS = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 def gumbel(key_2: Tensor, vocabulary: int, ahead_N: Tensor | None = None) -> Tensor:
     """Compute independent standard Gumbel numbers for tokens of an answer, without reading a tensor on the host.
 
-    Equal seed, index and token id give equal noise, whatever the number of rows and the vocabulary. So two models share
-    the noise of all ids that both know.
+    Equal seed, index and token id give equal noise, for any number of rows and any vocabulary. So two models share the
+    noise of all ids that both know.
 
     Args:
         key_2: (2,) int64: the request's seed, and the index in the answer of a token.

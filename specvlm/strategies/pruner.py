@@ -49,7 +49,7 @@ class PruneContext:
             ValueError: The prompt has more than one video, or none.
         """
         if len(self.grids) != 1:
-            raise ValueError(f"this pruner handles one video a prompt, this prompt has {len(self.grids)}")
+            raise ValueError(f"this pruner handles one video per prompt, but this prompt has {len(self.grids)}")
         return self.grids[0]
 
     def signal(self, name: str) -> Tensor:

@@ -82,7 +82,7 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
             try:
                 info = describe(cls, plugin.label)
             except PluginError as err:
-                plugins.report(plugin.label, f"brings a class that is left out: {err}", err)
+                plugins.report(plugin.label, f"has a class that cannot be used: {err}", err)
                 continue
             found[cls.kind, cls.name].append(info)
     table: dict[str, dict[str, StrategyInfo]] = {kind: {} for kind in KINDS}
@@ -135,7 +135,7 @@ def find(kind: str, name: str) -> StrategyInfo:
     """
     table = collect()
     if kind not in table:
-        raise UserError(f'there is no kind of strategy "{kind}"; there is {", ".join(table)}.{did_you_mean(kind, table)}')
+        raise UserError(f'there is no kind of strategy "{kind}"; choose from {", ".join(table)}.{did_you_mean(kind, table)}')
     if name not in table[kind]:
         raise UserError(unknown(kind, name, list(table[kind])))
     return table[kind][name]
@@ -144,7 +144,7 @@ def find(kind: str, name: str) -> StrategyInfo:
 def unknown(kind: str, name: str, names: list[str]) -> str:
     """Return the message for an unknown name, with the known `names` and the closest of them."""
     there = ", ".join(sorted(names)) or "none"
-    return f'{kind}={name}: there is no {kind} "{name}"; there is {there}.{did_you_mean(name, names)}'
+    return f'{kind}={name}: there is no {kind} "{name}"; choose from {there}.{did_you_mean(name, names)}'
 
 
 def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
@@ -192,7 +192,7 @@ def build(kind: str, chosen: Any) -> Any:
     Raises:
         UserError: The config is invalid (see `settings`), a number is out of bounds, or the constructor raises a
             ValueError or ArithmeticError.
-        StrategyError: The constructor raises an error that would be misread (see `fence.inside`).
+        StrategyError: The constructor raises an error that has another meaning to the caller (see `fence.inside`).
         TypeError: The constructor returns an instance of another class.
     """
     if not dataclasses.is_dataclass(chosen):
@@ -230,12 +230,12 @@ def _check_class(cls: type[Strategy]) -> None:
 
 
 def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
-    """Return the class to use out of those that share a kind and name, None if none is; report a clash of several."""
+    """Return the class to use of those with the same kind and name, or None. Reports a clash if there are several."""
     if len(infos) == 1:
         return infos[0]
     builtin = [info for info in infos if info.plugin == "specvlm"]
     owners = " and ".join(f"{_full(info.cls)} ({info.plugin})" for info in infos)
-    outcome = "the built-in one stays" if builtin else "neither is used"
+    outcome = "the built-in one is used" if builtin else "neither is used"
     culprit = next((info.plugin for info in infos if info.plugin != "specvlm"), "specvlm")
     plugins.report(culprit, f'clashes: {owners} are both registered as {kind} "{name}"; {outcome}')
     return builtin[0] if builtin else None

@@ -15,12 +15,12 @@ SIGNALS: dict[str, str] = {
     "text_similarity": "(2, N) mean cosine similarity to the text after the video: at the input and after `state_layer`",
     "hidden": "(N, D) the target's hidden states of the video tokens after layer `state_layer`",
     "hidden_text": "(T, D) the same of the text after the video",
-    "final_norm": "(D,) weight of the target's final norm; scale hidden states by it for cosines as after the norm",
+    "final_norm": "(D,) weight of the target's final norm; scale hidden states by it to get cosines as after the norm",
     "key_norm": "(N,) L1 norm of the video tokens' keys in layer `state_layer`, over all KV heads",
     "key_norm_text": "(T,) the same of the text after the video",
     "motion": "(N,) pixels that a cell moved since the previous frame, less the camera's motion, by the file's vectors",
     "packet_bytes": "(N,) compressed bytes of the frames that the token's frame stands for",
-    "intra": "(N,) share of these frames that are coded without reference to others; 0 if the file does not tell",
+    "intra": "(N,) share of these frames that are coded without reference to others; 0 if the file does not say",
 }
 STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm", "key_norm", "key_norm_text"})
 CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})

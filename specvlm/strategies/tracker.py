@@ -1,4 +1,4 @@
-"""Base class of trackers, which mirror results elsewhere, and what they are called with."""
+"""Base class of trackers, which mirror results elsewhere, and their context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _silent(line: str) -> None:
-    """Show nothing."""
+    """Ignore the line."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrackContext:
     Attributes:
         name: Name of the job; any text. Jobs of a sweep differ in it.
         group: Name of the sweep, or of the folder of a single job.
-        folder: Folder of the sweep or of the single job. A tracker's own files belong into a folder of its own in it.
+        folder: Folder of the sweep or of the single job. A tracker keeps its files in its own subfolder.
         config: Configuration of the job: plain values, nested by group. For a sweep, the names of its jobs.
         kind: "job", or "sweep" for the table of all jobs, which comes last.
         note: Shows the user a line.
@@ -46,8 +46,8 @@ class TrackContext:
 class TrackedRun(ABC):
     """The mirror of one job while it runs. Runs of several jobs are open at the same time.
 
-    The methods are called from several threads, one after the other. One that raises, or takes longer than 90 s, ends
-    the mirror of its job with a note. Results are safe on the disk before it is called.
+    The methods are called from several threads, one after the other. A method that raises, or takes longer than 90 s,
+    ends the mirror of its job with a note. Results are on disk before any method is called.
     """
 
     @abstractmethod
@@ -56,7 +56,7 @@ class TrackedRun(ABC):
 
         Args:
             series: "round" for each round of decoding, "sample" for each sample that is done.
-            index: Place in the series, from 0. Samples come in any order, some may be missing.
+            index: Place in the series, from 0. Samples come in any order, and some may be missing.
             values: Numbers by name, such as `accepted` or `speedup_decode`. Names may differ from point to point.
         """
 
@@ -97,5 +97,5 @@ class Tracker(Strategy, ABC):
         """
 
     def next_step(self, folder: Path) -> str:
-        """Command to suggest when all jobs are done, such as one that shows or uploads what `folder` holds; may be empty."""
+        """Command to suggest when all jobs are done, such as one that uploads what `folder` holds; may be empty."""
         return ""

@@ -23,8 +23,8 @@ class Sampling:
         temperature: Divides the logits; 0 is greedy.
         top_k: Number of most likely tokens that remain, besides ties; 0 is off.
         top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
-        coupled: True if each token is the one of highest `scores`, with noise that follows from the request's seed, not
-            from a random generator.
+        coupled: True if each token is the one with the highest `scores`, whose noise follows from the request's seed,
+            not from a random generator.
     """
 
     temperature: float = 0.0
@@ -49,7 +49,8 @@ class Sampling:
     def scores(self, logits_NV: Tensor, noise_NV: Tensor) -> Tensor:
         """Add Gumbel noise to warped logits, so that the id of the largest is a draw from `probabilities`.
 
-        A drafter that ranks its guesses by the scores of its own logits guesses the draw of a target with similar ones.
+        A drafter that ranks its guesses by the scores of its own logits is likely to guess the token that a target
+        with similar logits draws.
 
         Args:
             logits_NV: (N, V)
@@ -95,8 +96,8 @@ class VerifyContext:
         tree: The draft tree of M nodes.
         logits_MV: (M, V) The target's logits, one row per node, over the target's full vocabulary.
         generator: Random generator, seeded per request.
-        dice: Uniform random numbers on the device, drawn ahead of a captured step. None: `numbers`, with which to read
-            them, draws them.
+        dice: Uniform random numbers on the device, drawn ahead of a captured step. Read them with `numbers`, which
+            draws them if this is None.
         tables: Result of `Verifier.tables` for this tree, on the device, if a captured step serves all trees of this
             size; None otherwise.
         hidden_MD: (M, D) The target's last hidden states of the nodes. None if the verifier does not set
@@ -104,7 +105,7 @@ class VerifyContext:
         video_ND: (N, D) The target's last hidden states of the video tokens, scaled to unit length. None in the same
             cases, and for a prompt without a video.
         key_2: (2,) int64: seed of the request, and index in the answer of the token after the root; input of `gumbel`.
-            On the device of the logits. Of use only if the verifier's `sampling` is coupled; may be None otherwise.
+            On the device of the logits. Used only if the verifier's `sampling` is coupled; may be None otherwise.
     """
 
     tree: DraftTree
@@ -211,8 +212,8 @@ class Verifier(Strategy, ABC):
     def follow(self, parents: Sequence[int], tokens: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
         """Verify a tree on the host, as `decide` does, from the target's argmax after each node.
 
-        Only for a rule that reads nothing else of the logits. Used for requests that share a pass, and only of specvlm's
-        own rules: others are asked through `decide`.
+        Only for a rule that reads nothing else of the logits. Used for requests that share a pass, and only with
+        specvlm's own rules; others are called through `decide`.
 
         Args:
             parents: Parent of each node; -1 for the root.
@@ -275,7 +276,7 @@ class Verifier(Strategy, ABC):
 
 
 def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
-    """Apply a rule. Raises ValueError unless it returns (2,) integers, which its reader could not tell from others."""
+    """Apply a rule. Raises ValueError unless it returns (2,) integers, since later code could not detect that."""
     found = verifier.decide(context)
     if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")

@@ -40,7 +40,7 @@ def check_drafter(drafter: type[Drafter] | Drafter, **fields: Any) -> None:
 
     Checks: every tree has parents[i] < i, the last accepted token at its root, at most `max_nodes` nodes, and tokens
     that both models know; under the greedy verifier the output equals that of `autoregressive`; the same seed gives the
-    same trees, whatever the state of torch's global generator; q, if given, has one row per node, and the children
+    same trees, for any state of torch's global generator; q, if given, has one row per node, and the children
     could have been drawn from it without replacement.
 
     Args:
@@ -139,7 +139,7 @@ def _check_q(tree: DraftTree, what: str) -> None:
         q_V, below = tree.q[parent].double(), [node for node, above in enumerate(tree.parents) if above == parent]
         total = float(q_V.sum())
         fine = bool((q_V >= 0).all()) and abs(total - 1) < 1e-3
-        assert fine, f"{what}: row {parent} of q is no distribution (its sum is {total})"
+        assert fine, f"{what}: row {parent} of q is not a distribution (its sum is {total})"
         guesses = tree.tokens[below].tolist()
         assert len(set(guesses)) == len(guesses), f"{what}: children of node {parent} repeat a token, drawn without replacement"
         possible = int((q_V > 0).sum())
@@ -194,7 +194,7 @@ def _check_repeatable(drafter: Drafter, family: str) -> None:
 
 
 def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """Check that a second request in between changes nothing: state must be in the session, not in the drafter."""
+    """Check that an interleaved request changes nothing: state must be in the session, not in the drafter."""
     draft, where = _drafts(family, drafter)[0][1], f"a tiny {family}, two requests in turns"
     watched, _ = _watched(drafter, where)
     graph = DecodingGraph(tiny.model(family), draft, UniformPruner(), watched, GreedyVerifier(), GenerationOptions(ratio=0.5))
@@ -208,7 +208,7 @@ def _check_turns(drafter: Drafter, family: str, alone: list[int]) -> None:
 
 @dataclass(frozen=True)
 class _Forced(Verifier):
-    """Accepts one node after the other, whatever the target says, with bonus tokens from all over its vocabulary."""
+    """Accepts one node after the other, regardless of the logits, with bonus tokens from the whole vocabulary."""
 
     name = "forced"
     lossless = False

@@ -27,7 +27,7 @@ from specvlm.video.video import Clip, VideoInfo, read_video
 
 LIMIT = 16
 CHAIN = "chain:3"
-CLOSE = 1e-3  # most difference of two logits in float32, in standard deviations of all logits
+CLOSE = 1e-3  # largest difference of two logits in float32, in standard deviations of all logits
 
 
 def check_family(target: str | Path, draft: str | Path) -> int:
@@ -40,10 +40,10 @@ def check_family(target: str | Path, draft: str | Path) -> int:
     `tree` and `self`, ratios 0, 0.9 and 1, original and reindexed positions.
 
     Checks: shapes of features, embeddings and positions; runs that fill a grid; text after the last video or image that
-    counts up by one, on all axes alike; a frame's features that do not depend on other frames; attention recorded by a
-    `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that `sampling`
-    chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those of
-    transformers' forward, within rounding, and every answer that of its `generate`.
+    counts up by one, equally on all axes; a frame's features that do not depend on other frames; attention recorded by
+    a `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that
+    `sampling` chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those
+    of transformers' forward, within rounding, and every answer that of its `generate`.
 
     Args:
         target: Folder of a checkpoint of the family.
@@ -54,7 +54,7 @@ def check_family(target: str | Path, draft: str | Path) -> int:
 
     Raises:
         AssertionError: The family breaks the contract; the message names the rule and the case.
-        UserError: The family's code fails, or returns what it must not; the message names the method.
+        UserError: The family's code fails or returns something invalid; the message names the method.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -103,7 +103,7 @@ def _prompts(lm: VideoLM) -> Iterator[tuple[str, VideoPrompt]]:
 def random_clip(frames: int, seed: int = 0, still: bool = False) -> Clip:
     """Make a random clip of every fourth frame of a file with 8 frames per second.
 
-    still: All but a corner stays as in the first frame: some families leave out patches that do not change.
+    still: Keep all but a corner as in the first frame, since some families leave out patches that do not change.
     """
     pixels = torch.randint(0, 255, (frames, 3, 96, 128), dtype=torch.uint8, generator=seeded(seed))
     if still:
@@ -140,7 +140,7 @@ def _check_prompt(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
 
 
 def _check_features(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
-    """Check shapes, that frames are encoded apart, and the attention that a probe records."""
+    """Check shapes, that frames are encoded separately, and the attention that a probe records."""
     total, width = len(prompt.video_index), int(lm.text.config.hidden_size)
     features = lm.features(prompt)
     embeds = lm.embed(prompt, features)
@@ -175,7 +175,8 @@ def _check_prefill(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
 def _check_logits(lm: VideoLM, hf: Any, prompt: VideoPrompt, what: str) -> None:
     """Compare the logits of every row of the prompt with those of Hugging Face's model.
 
-    A slot's own logits depend most on its own features, so this finds single wrong features, which answers may not show.
+    A slot's own logits depend most on its own features, so this finds single wrong features, which answers may not
+    show.
     """
     hidden_SD = lm.forward(lm.embed(prompt, lm.features(prompt)), lm.positions(prompt), lm.new_cache(len(prompt)), None)
     ours_SV, theirs_SV = lm.head(hidden_SD), hf(**lm.generate_inputs(prompt)).logits[0]

@@ -22,12 +22,12 @@ TEXTS = (
 def check_metric(metric: type[Metric] | Metric, **fields: Any) -> None:
     """Check that a metric keeps the contract of `Metric.score`.
 
-    Cases: letters, sentences, refusals, empty and very long answers, and texts that are no valid Unicode; to questions
+    Cases: letters, sentences, refusals, empty and very long answers, and texts that are not valid Unicode; to questions
     with and without options, with and without a known answer.
 
-    Checks: a score is a finite number or None; it is the same for the same answer, whatever was scored before and
-    whatever the state of torch's global generator, which is left alone; the answer is not changed; an answer without a
-    reference either gets None or the same score as with one; `source` is one line.
+    Checks: a score is a finite number or None; it is the same for the same answer, regardless of earlier answers and of
+    torch's global generator, which is left alone; the answer is not changed; an answer without a reference either gets
+    None or the same score as with one; `source` is one line.
 
     Args:
         metric: A class or an instance. The class must work without arguments.
@@ -58,7 +58,7 @@ def _answers() -> Iterator[Answer]:
 
 
 def _score(metric: Metric, answer: Answer) -> float | None:
-    """Score an answer. Raises AssertionError if that fails, gives no finite number, or changes the answer."""
+    """Score an answer. Raises AssertionError if that fails, does not give a finite number, or changes the answer."""
     before = copy.deepcopy(answer)
     try:
         found = metric.score(answer)

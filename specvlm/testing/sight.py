@@ -1,7 +1,7 @@
 """Contract checks for the attention that a family records in its vision tower.
 
-No check here knows the tower. They change the pixels of a clip and watch which rows of the record move: a frame's rows may
-not depend on other frames, and the key that moves most must be that of the token whose features move most.
+The checks do not know the tower. They change pixels of a clip and observe which rows of the record change: a frame's
+rows may not depend on other frames, and the key that changes most must be that of the token whose features change most.
 
 Shape suffixes: N video tokens, P tokens per frame, C size of a key, D hidden size.
 """
@@ -22,11 +22,11 @@ from specvlm.types import TokenGrid, entering
 from specvlm.video.video import Clip
 
 CELLS = 16  # most tokens of a frame whose pixels are changed
-FEW = 9  # frames of fewer tokens say too little of attention
+FEW = 9  # in frames of fewer tokens, attention is too noisy to judge
 
 
 class Seen(NamedTuple):
-    """What a tower gives for a clip: its grid, and features, attention received and keys of its frames' tokens."""
+    """Output of a tower for a clip: its grid, and features, received attention and keys of its frames' tokens."""
 
     grid: TokenGrid
     features_ND: Tensor
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
 
 def check_sight(lm: VideoLM, clip: Clip, what: str) -> None:
-    """Check what a family records with a `VisionProbe`: values, and that each row is that of its token.
+    """Check the record that a family makes with a `VisionProbe`: its values, and that each row belongs to its token.
 
     clip: Random frames, of which groups of equal size make the frames of the grid.
     """
@@ -47,7 +47,7 @@ def check_sight(lm: VideoLM, clip: Clip, what: str) -> None:
 
 
 def seen(lm: VideoLM, clip: Clip) -> Seen:
-    """Encode a clip, and record what its tokens receive."""
+    """Encode a clip, and record the attention that its tokens receive."""
     grid, video = lm.process_video(clip)
     probe, cells = VisionProbe(), grid.cells
     features = entering(lm.encode_video(grid, video, None, probe))[:cells]
@@ -55,7 +55,7 @@ def seen(lm: VideoLM, clip: Clip) -> Seen:
 
 
 def _check_values(found: Seen, what: str) -> None:
-    """Check that attention is a share of its frame's, and that keys differ from token to token."""
+    """Check that attention sums to at most 1 per frame, and that keys differ from token to token."""
     attention_N, keys_NC = found.attention_N, found.keys_NC
     finite = bool(attention_N.isfinite().all() and keys_NC.isfinite().all())
     assert finite, f"{what}: the recorded attention or keys are not finite"
@@ -85,8 +85,8 @@ def _check_frames(lm: VideoLM, clip: Clip, whole: Seen, what: str) -> None:
 def _check_tokens(lm: VideoLM, clip: Clip, what: str) -> None:
     """Invert the pixels of one token after the other. The record must move most where the features do.
 
-    Attention is noisier than keys, since a changed token may receive as much as before. So its moves are summed over the
-    tokens, and in frames of fewer than FEW they are not judged.
+    Attention is noisier than keys, since a changed token may receive as much as before. So its changes are summed over
+    the tokens, and not judged in frames of fewer than FEW tokens.
     """
     base, own, mean = seen(lm, clip), 0.0, 0.0
     for changed in _inverted(clip.frames, base.grid):
@@ -104,7 +104,7 @@ def _check_tokens(lm: VideoLM, clip: Clip, what: str) -> None:
 
 
 def _moves(base: Seen, now: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """(P,) how far the features, key and attention of each token of the first frame have moved."""
+    """(P,) how much the features, key and attention of each token of the first frame have changed."""
     size = base.grid.per_frame
     features_P, keys_P = (
         (ours - before)[:size].norm(dim=1)

@@ -1,6 +1,6 @@
-"""Tiny random models of the built-in families, with fewer than 40,000 weights each, and prompts to check drafters with.
+"""Tiny random models of the built-in families, with fewer than 40,000 weights each, and prompts for checking drafters.
 
-The models are float64, so that a difference between two outputs comes from a fault and not from rounding.
+The models are float64, so that a difference between two outputs comes from a bug and not from rounding.
 """
 
 import copy
@@ -36,9 +36,9 @@ def model(family: str, seed: int = 0, vocabulary: int = VOCABULARY) -> VideoLM:
 
 @cache
 def noisy(family: str, noise: float = 0.02) -> VideoLM:
-    """Return a copy of `model(family)` with Gaussian noise on its weights. As its draft it often guesses right, not always.
+    """Return a copy of `model(family)` with noisy weights. As that model's draft it guesses right often, not always.
 
-    noise: Standard deviation of the noise.
+    noise: Standard deviation of the Gaussian noise.
     """
     hf, generator = copy.deepcopy(model(family).hf), torch.Generator().manual_seed(1)
     for weight in hf.parameters():

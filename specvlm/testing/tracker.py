@@ -1,4 +1,4 @@
-"""Contract checks for trackers, on made-up jobs. Needs no model and no network, if the tracker can do without."""
+"""Contract checks for trackers, on made-up jobs. Needs no model, and no network unless the tracker does."""
 
 import copy
 import os
@@ -25,11 +25,11 @@ COLUMNS = ("sample", "kept", "text", "decode_s")
 def check_tracker(tracker: type[Tracker] | Tracker, **fields: Any) -> None:
     """Check that a tracker keeps the contract of `Tracker.start` and `TrackedRun`.
 
-    Cases: three jobs of a sweep, open at the same time, and the run of the sweep; names and texts of any content, also
-    ones that are no valid Unicode; numbers of any size; samples out of order; tables with pictures, empty cells and
+    Cases: three jobs of a sweep, open at the same time, and the run of the sweep; names and texts of any content, even
+    ones that are not valid Unicode; numbers of any size; samples out of order; tables with pictures, empty cells and
     without rows; a job that fails, and one of the same name, as after `resume=true`. All in a temporary folder.
 
-    Checks: nothing is raised; `start` returns a `TrackedRun` or None; what is handed over is not changed; nothing is
+    Checks: nothing is raised; `start` returns a `TrackedRun` or None; arguments are not changed; nothing is
     written into the working directory; torch's global generator and the environment stay as they are; `next_step` is
     one line.
 
@@ -118,7 +118,7 @@ def _done(tracker: Tracker, what: str, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _same_environment(tracker: Tracker) -> Iterator[None]:
-    """Check that the block changes no environment variable that is set. New ones may be there."""
+    """Check that the block changes no environment variable that is already set. It may set new ones."""
     before = dict(os.environ)
     yield
     changed = sorted(key for key, value in before.items() if os.environ.get(key) != value)

@@ -38,7 +38,7 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
     token) and uneven trees, without q and, for a temperature above 0, with it.
 
     Checks: the verdict is a path from the root and a token of the vocabulary; it is the same for the same context and
-    seed, whatever was verified before and whatever the state of torch's global generator; inputs are not changed;
+    seed, regardless of what was verified before and of torch's global generator; inputs are not changed;
     `decide`, if implemented, gives the same verdict from as many random numbers as `dice` says, and does not read the
     value of a tensor. Calls of `.tolist()` in `decide` are not detected: only a capture on a GPU refuses them.
 
@@ -104,7 +104,7 @@ def _contexts(verifier: Verifier) -> Iterator[tuple[VerifyContext, str]]:
 
 
 def _key(verifier: Verifier, seed: int, device: torch.device | None = None) -> Tensor | None:
-    """Return `VerifyContext.key_2` for the first token of an answer, if the verifier's rule is coupled."""
+    """Return `VerifyContext.key_2` for the first token of an answer; None unless the verifier's rule is coupled."""
     return torch.tensor([seed, 0], device=device) if verifier.sampling.coupled else None
 
 

@@ -13,7 +13,7 @@ SPREAD = 0.7
 
 
 def chance_of(first: float, rank: int) -> float:
-    """Return the chance that a guess of this rank is right, if that of the best guess there is `first`."""
+    """Return the chance that a guess of this rank is right. first: the chance of the best guess in the same place."""
     return first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
@@ -22,7 +22,7 @@ def expected(shape: TreeShape, first: Sequence[float]) -> float:
 
     Args:
         shape: Shape of the tree.
-        first: Chances, by depth, that the best guess there is right if those above it are.
+        first: For each depth, the chance that the best guess is right if the guesses above it are.
     """
     reach, total = [1.0], 0.0
     for parent, rank, depth in zip(shape.parents[1:], shape.ranks[1:], shape.depths[1:], strict=True):

@@ -22,9 +22,9 @@ class RoundCost:
 
     Attributes:
         requests: Requests that share it.
-        rows: Rows of the target's pass, of all requests.
-        passes: Draft passes, one after another.
-        draft_rows: Rows of these passes together, of all requests.
+        rows: Rows of the target's pass, over all requests.
+        passes: Number of draft passes, which run one after another.
+        draft_rows: Rows of all these passes together, over all requests.
         draft_ms: Time of drafting.
         check_ms: Time of the target's pass, and of the host.
         ratio: Share of the video tokens that the draft does not see; 0 without a draft.
@@ -69,11 +69,11 @@ class _Profile(TypedDict):
 
 
 def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
-    """Read the costs.json of `python -m specvlm.advise`, for a drafter. Raises ValueError or OSError if it is none."""
+    """Read a drafter's costs from the costs.json of `python -m specvlm.advise`. Raises ValueError or OSError."""
     found: _Profile = parse(_Profile, json_of(read_text(path)), f"costs={path}")
     rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
     mine = [one for one in found["timings"] if one["drafter"] == drafter]
-    # Of one ratio: rounds of another take other times.
+    # Only costs at one ratio: rounds at another ratio take other times.
     ratio = max((one["ratio"] for one in mine if one["ratio"] < 1), default=None)
     for one in mine:
         if one["ratio"] == ratio:

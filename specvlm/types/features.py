@@ -50,7 +50,7 @@ def entering(values: Tensor | Features) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor | Features]) -> Tensor | Features:
-    """Concatenate rows. All parts must be of one kind."""
+    """Concatenate rows. All parts must have the same type."""
     if isinstance(parts[0], Features):
         pairs = [(part.rows, part.added) for part in parts if isinstance(part, Features)]
         return Features(*(torch.cat(same) for same in zip(*pairs, strict=True)))
@@ -58,7 +58,7 @@ def joined(parts: Sequence[Tensor | Features]) -> Tensor | Features:
 
 
 def merged(pool_KN: Tensor, values: Tensor | Features) -> Tensor | Features:
-    """Merge rows by the weights of a (sparse) matrix (see `KeepSet.pool`); added rows merge alike."""
+    """Merge rows by the weights of a (sparse) matrix (see `KeepSet.pool`), and added rows likewise."""
     if isinstance(values, Features):
         pool_KN = pool_KN.to(values.rows)
         added = (pool_KN @ values.added.flatten(1)).unflatten(1, values.added.shape[1:])

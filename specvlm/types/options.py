@@ -29,11 +29,11 @@ class GenerationOptions:
             checkpoint; 1 turns it off.
         stop_ids: Token ids that end the answer. None uses those of the target's checkpoint.
         record: Also return the target's attention to the video (`Step.attention`).
-        stop: Texts that end the answer, after the token that completes one. Special tokens have no text here.
+        stop: Texts that end the answer, after the token that completes one. Special tokens do not count as text.
         adjust: Changes the target's logits, after the repetition penalty: maps the token ids of the answer so far and
             the (V,) logits of the next token to (V,) logits. It must depend on nothing else. None changes nothing.
         logprobs: Also return the target's log-probabilities: those of each token of the answer, and of this many of
-            the most likely tokens in its place (`Step.logprobs`). None: none.
+            the most likely tokens in its place (`Step.logprobs`). None returns none.
 
     Raises:
         UserError: A value is out of range.
@@ -60,14 +60,14 @@ class GenerationOptions:
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < inf:
             raise UserError(f"repetition_penalty must be finite and more than 0, got {self.repetition_penalty}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError(f"stop={self.stop!r}: wanted texts, none of them empty")
+            raise UserError(f"stop={self.stop!r}: expected texts, none of them empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UserError(f"logprobs={self.logprobs}: wanted a number of tokens from 0 to {MOST_LOGPROBS}")
+            raise UserError(f"logprobs={self.logprobs}: expected a number of tokens from 0 to {MOST_LOGPROBS}")
 
     def asked(self, options: GenerationOptions | int | None) -> GenerationOptions:
         """Resolve a caller's argument: None gives `self`, an int gives `self` with that `max_new_tokens`.
 
-        Options are returned as they are, and replace `self` as a whole.
+        Options are returned unchanged. They replace `self` entirely.
         """
         if options is None:
             return self

@@ -1,4 +1,4 @@
-"""Digests of processed videos and images, and videos whose pixels are read only if they are needed."""
+"""Digests of processed videos and images, and videos whose pixels are read only when needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PIECE = 2**23  # bytes that are hashed at once; several threads take a piece each
-UNHASHED = frozenset({"origin", "digest"})  # say where pixels come from
+UNHASHED = frozenset({"origin", "digest"})  # keys that only say where pixels come from
 
 
 def hash_of(item: Mapping[str, Any]) -> str:
@@ -41,14 +41,14 @@ def hash_of(item: Mapping[str, Any]) -> str:
 
 
 class PixelDigest:
-    """Remembers the digest of a processed video or image while its values stay the same, unchanged objects."""
+    """Caches the digest of a processed video or image, as long as its values are the same unchanged objects."""
 
     def __init__(self) -> None:
         self._marks: dict[str, tuple[Any, object]] = {}
         self._known = ""
 
     def __eq__(self, other: object) -> bool:
-        """All are equal: one says nothing that its item does not say."""
+        """All instances are equal, since a digest adds nothing to what its item holds."""
         return isinstance(other, PixelDigest)
 
     def __hash__(self) -> int:
@@ -85,7 +85,7 @@ def pixel_digest(item: Mapping[str, Any]) -> str:
 
 
 class LateVideo(dict[str, Any]):
-    """A processed video whose tensors are made when they are first asked for, by `video["pixels"]`.
+    """A processed video whose tensors are made when first accessed, as in `video["pixels"]`.
 
     Args:
         known: Its other values.
@@ -100,20 +100,20 @@ class LateVideo(dict[str, Any]):
 
     @classmethod
     def of(cls, video: Mapping[str, Any], digest: str) -> LateVideo:
-        """Make one of a video whose tensors are there."""
+        """Wrap a video that has its tensors already."""
         return video if isinstance(video, LateVideo) else cls(video, dict, digest, 0)
 
     def __missing__(self, key: str) -> Any:
         return dict.__getitem__(self.whole(), key)  # a KeyError if there is none
 
     def whole(self) -> LateVideo:
-        """Make the tensors, unless that is done, and return the video."""
+        """Make the tensors, unless they exist already, and return the video."""
         if not any(isinstance(value, Tensor) for value in self.values()):
             self.update({name: value for name, value in self._read().items() if name not in self})
         return self
 
     def copy(self) -> LateVideo:
-        """Copy the video. Its tensors are copied when they are first asked for."""
+        """Copy the video. Its tensors are copied when first accessed."""
         known = {name: copy(value) for name, value in self.items() if not isinstance(value, Tensor)}
         return LateVideo(known, self._copied, self.digest, self.vision_rows)
 

@@ -11,12 +11,12 @@ from specvlm.types.video import KeepSet
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities in place of one token of the answer, by the target's own logits.
+    """The target's own log-probabilities at one token of the answer.
 
     Attributes:
         token: Token id.
         logprob: Its log-probability.
-        top: The most likely token ids there, best first, with their log-probabilities.
+        top: The most likely token ids in its place, best first, with their log-probabilities.
     """
 
     token: int
@@ -29,7 +29,7 @@ class Reused(NamedTuple):
 
     Attributes:
         tokens: Number of prompt tokens.
-        seconds: Time that these rows took when they were computed.
+        seconds: Time that computing these rows took.
     """
 
     tokens: int
@@ -53,11 +53,12 @@ class Step:
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
             the request has `record`.
-        logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for them.
-        lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not tell what the
+        logprobs: Log-probabilities of all tokens of the answer. Set only in the last step, if the request asks for
+            them.
+        lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not show what the
             target would have chosen.
-        ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if that tree
-            was not there in time or not guessed. None if the drafter does not guess on.
+        ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if none was
+            ready in time, or the outcome was not guessed. None if the drafter does not draft during checks.
         reused: Part of the prompt that earlier requests had computed. Set only in round 0, if any is kept.
     """
 
@@ -94,7 +95,7 @@ class Step:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each accepted guess among the drafter's best guesses there, from 0.
+        """Rank of each accepted guess among the drafter's best guesses for its place, from 0.
 
         Empty without a tree, if guesses were drawn at random, or if the verifier is lossy.
         """

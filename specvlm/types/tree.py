@@ -253,7 +253,7 @@ class DraftTree:
         return self.kept(ancestor_mask)(self.parents)
 
     def kept(self, made: Callable[..., T]) -> Callable[..., T]:
-        """Return `made`, or if the shape changes every round, the function without the cache of `remembered`.
+        """Return `made`, or its uncached function if the shape changes every round.
 
         made: A function of shapes decorated with `remembered`.
         """

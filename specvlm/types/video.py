@@ -111,7 +111,7 @@ class VideoPrompt:
 
     @property
     def joints(self) -> list[int]:
-        """First slot after each video. The prefill begins a new pass there, so that a prompt may begin with another's."""
+        """First slot after each video. The prefill begins a new pass there, so that prompts may share a beginning."""
         ends = torch.tensor([len(grid) for grid in self.grids], dtype=torch.int64).cumsum(0)
         return (self.video_index[ends - 1] + 1).tolist()
 

@@ -37,7 +37,7 @@ class Undecodable(Exception):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is turned for display.
+    """How a stored picture is rotated and mirrored for display.
 
     Attributes:
         transposed: Swap rows and columns first.
@@ -50,7 +50,7 @@ class Orientation:
     columns: bool = False
 
     def apply(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Turn a stored picture (H, W, …) as it is to be shown. Returns a view."""
+        """Rotate and mirror a stored picture (H, W, …) for display. Returns a view."""
         picture = picture.swapaxes(0, 1) if self.transposed else picture
         return picture[:: -1 if self.rows else 1, :: -1 if self.columns else 1]
 

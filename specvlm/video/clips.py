@@ -25,5 +25,5 @@ def find_clip(video: str) -> Path:
     path = Path(os.path.expanduser(video))
     if not path.exists() and "/" not in video and not path.suffix:
         there = ", ".join(names())
-        raise UserError(f"video={video}: no such file, and no embedded clip; there is {there}.{did_you_mean(video, names())}")
+        raise UserError(f"video={video}: no such file or embedded clip; choose from {there}.{did_you_mean(video, names())}")
     return path

@@ -56,7 +56,7 @@ def read_stream(origin: Origin) -> Stream:
     """Read the signals of a video. Decodes the file up to its last sampled frame, with FFmpeg's option `export_mvs`.
 
     Only some decoders export motion vectors (H.264, MPEG-1, -2 and -4). For others (HEVC, VP8, VP9, AV1) the motion is
-    0. Vectors are used as coded, whatever the distance of their reference frame.
+    0. Vectors are used as coded, without scaling by the distance of their reference frame.
 
     Raises:
         UserError: PyAV is not installed, or the file is missing, cannot be read, or holds none of the sampled frames.

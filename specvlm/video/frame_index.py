@@ -73,14 +73,14 @@ class Facts:
         """
         found = [stamp * self.base for stamp in stamps if stamp is not None]
         if len(found) == len(stamps):
-            found = self._mended(found) if self.kind in BROADCAST else found
+            found = self._without_jumps(found) if self.kind in BROADCAST else found
             times = tuple(time - found[0] for time in found)
             ascend = all(before <= after for before, after in pairwise(times))
             if len(times) == 1 or (ascend and STEP[0] <= times[-1] / (len(times) - 1) <= STEP[1]):
                 return times
         return tuple(place / (self.fps or ANY_RATE) for place in range(len(stamps)))
 
-    def _mended(self, seconds: list[float]) -> list[float]:
+    def _without_jumps(self, seconds: list[float]) -> list[float]:
         """Replace each jump of the clock by 1 / fps seconds, and shift the times after it."""
         out, shift = seconds[:1], 0.0
         for time in seconds[1:]:
@@ -193,7 +193,7 @@ def _by_stamps(path: Path, packets: Packets) -> FrameIndex | None:
 
 
 def _by_counting(path: Path, packets: Packets) -> FrameIndex:
-    """Make the index by decoding the whole file: once, or twice if the first pass meets a packet that is damaged."""
+    """Make the index by decoding the whole file: once, or twice if the first pass finds a damaged packet."""
     clean = not packets.corrupt
     try:
         stamps, facts = _count(path, (os.cpu_count() or 1) if clean else 1, strict=clean)

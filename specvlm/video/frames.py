@@ -15,12 +15,12 @@ from specvlm.parsing.files import open_regular
 from specvlm.video.video import Clip
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, whatever the suffix
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # decoders that are tried, regardless of the suffix
 MOST_PIXELS = 2**26  # limit for one picture, below the size at which Pillow warns
 
 
 def read_frames(folder: str | Path, fps: float) -> Clip:
-    """Read all pictures of a folder into memory, as a clip. Hidden files and other suffixes than SUFFIXES are left out.
+    """Read all pictures of a folder into memory, as a clip. Skips hidden files and files without one of SUFFIXES.
 
     Pictures are sorted by their names, in which numbers count as numbers: 2.jpg comes before 10.jpg.
 
@@ -39,10 +39,10 @@ def read_frames(folder: str | Path, fps: float) -> Clip:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder of frames")
     if not 0 < fps < math.inf:
-        raise UserError(f"{folder}: wanted frames per second above 0, got fps={fps}")
+        raise UserError(f"{folder}: expected frames per second above 0, got fps={fps}")
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not paths:
-        raise UserError(f"{folder} holds no frames: wanted pictures ({', '.join(SUFFIXES)})")
+        raise UserError(f"{folder} holds no frames: expected pictures ({', '.join(SUFFIXES)})")
     paths.sort(key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.stem)])
     first = read_picture(paths[0])
     frames = torch.empty(len(paths), *first.shape, dtype=torch.uint8)
@@ -69,7 +69,7 @@ def read_picture(path: Path) -> Tensor:
         UserError: There is no such file, it is not a picture or is damaged, or it has more than `MOST_PIXELS` pixels.
     """
     if not path.is_file():  # a pipe would block
-        raise UserError(f"{path} is not a file: wanted a picture ({', '.join(SUFFIXES)})")
+        raise UserError(f"{path} is not a file: expected a picture ({', '.join(SUFFIXES)})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of dropped transparency and broken EXIF data
@@ -79,7 +79,7 @@ def read_picture(path: Path) -> Tensor:
     except Image.DecompressionBombError:  # Pillow's own limit
         raise UserError(f"{path} has more than {MOST_PIXELS} pixels: make it smaller") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is damaged or not a picture: wanted {', '.join(FORMATS)}") from None
+        raise UserError(f"{path} is damaged or not a picture: expected {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything for a broken file
         raise UserError(f"{path} is damaged or not a picture ({' '.join(str(error).split())})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -17,7 +17,7 @@ from specvlm.errors import UserError, explained
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8 RGB, turned as its EXIF data say. Raises UserError if it cannot be read."""
+    """Read an image file as (3, H, W) uint8 RGB, oriented by its EXIF data. Raises UserError if it cannot be read."""
     hint = " (addresses are not fetched: download it first)" if ":/" in str(path) else ""
     with explained(f"{path}: the image cannot be read{hint}"), Image.open(path) as picture:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
@@ -107,16 +107,16 @@ def llava_tokens(size: tuple[int, int], config: Any) -> int:
 def _check(image: Tensor) -> None:
     """Raise ValueError unless the image is uint8 (3, H, W) and not empty."""
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"image: wanted uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"image: expected uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")
 
 
 def _load(processor: Any, folder: str | Path) -> Any:
-    """Load a processor of Hugging Face from a folder on disk.
+    """Load a Hugging Face processor from a folder on disk.
 
     Raises UserError if there is no such folder, or it has no usable settings.
     """
     if not Path(folder).is_dir():  # Hugging Face would look it up on its hub
         raise UserError(f"no such model folder: {folder}")
     wanted = "preprocessor_config.json, or processor_config.json with an image_processor in it"
-    with explained(f"{folder} has no usable image processor settings: wanted {wanted}"):
+    with explained(f"{folder} has no usable image processor settings: expected {wanted}"):
         return processor.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Make clips and images of what a program holds in memory: arrays, tensors, pictures of Pillow, files as bytes."""
+"""Make clips and images from data in memory: arrays, tensors, Pillow images, files as bytes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,22 +22,24 @@ NAME = "frames in memory"
 
 
 def clip_from_frames(frames: Any, fps: float = UNKNOWN_FPS) -> Clip:
-    """Make a clip of frames in memory. All of them are used, none is sampled.
+    """Make a clip from frames in memory. All frames are used; none are left out by sampling.
 
     Args:
         frames: A uint8 array or tensor (T, H, W, 3) or (T, 3, H, W), or a sequence of pictures as `picture` takes them.
         fps: Frames per second.
 
     Raises:
-        UserError: The frames are none of these, differ in size, or are none; `fps` is not a number above 0.
+        UserError: The frames have another type or shape, differ in size, or are empty; `fps` is not a number above 0.
     """
     if not (isinstance(fps, int | float) and fps > 0 and isfinite(fps)):
-        raise UserError(f"fps={fps!r}: wanted frames per second, a number above 0")
+        raise UserError(f"fps={fps!r}: expected frames per second, a number above 0")
     if isinstance(frames, Tensor | np.ndarray):
         if frames.ndim != 4 or not len(frames):
-            raise UserError(f"frames of shape {tuple(frames.shape)}: wanted (T, H, W, 3) or (T, 3, H, W)")
+            raise UserError(f"frames of shape {tuple(frames.shape)}: expected (T, H, W, 3) or (T, 3, H, W)")
     elif not isinstance(frames, Sequence) or isinstance(frames, str | bytes) or not frames:
-        raise UserError(f"{type(frames).__name__} is no video: wanted a path, bytes, an array, a tensor or a list of frames")
+        raise UserError(
+            f"{type(frames).__name__} is not a video: expected a path, bytes, an array, a tensor or a list of frames"
+        )
     pictures = [picture(frame) for frame in frames]
     if sizes := sorted({(one.shape[2], one.shape[1]) for one in pictures})[1:]:
         raise UserError(f"the frames differ in size: one is {sizes[0][0]}x{sizes[0][1]}")
@@ -52,7 +54,7 @@ def picture(value: Any) -> Tensor:
         value: A path, a file's bytes, a picture of Pillow, or a uint8 array or tensor (H, W, 3) or (3, H, W).
 
     Raises:
-        UserError: It is none of these, or cannot be read.
+        UserError: The value is of another type, or cannot be read.
     """
     if isinstance(value, str | Path):
         return read_image(Path(value).expanduser())
@@ -65,19 +67,19 @@ def picture(value: Any) -> Tensor:
         value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         kind = f"{getattr(value, 'dtype', '')} {type(value).__name__}".strip()
-        raise UserError(f"{kind} is no picture: wanted a path, bytes, a picture of Pillow, or uint8 values")
+        raise UserError(f"{kind} is not a picture: expected a path, bytes, a picture of Pillow, or uint8 values")
     return _channels_first(value.cpu())
 
 
 def _channels_first(pixels: Tensor) -> Tensor:
-    """Return (3, H, W) of (3, H, W) or (H, W, 3). Raises UserError for any other shape."""
+    """Convert (3, H, W) or (H, W, 3) to (3, H, W). Raises UserError for any other shape."""
     if pixels.ndim != 3 or 3 not in (pixels.shape[0], pixels.shape[2]) or 0 in pixels.shape:
-        raise UserError(f"a picture of shape {tuple(pixels.shape)}: wanted (H, W, 3) or (3, H, W)")
+        raise UserError(f"a picture of shape {tuple(pixels.shape)}: expected (H, W, 3) or (3, H, W)")
     return (pixels if pixels.shape[0] == 3 else pixels.permute(2, 0, 1)).contiguous()
 
 
 class BytesFile:
-    """Context manager: the path of a temporary file that holds these bytes, for readers that take files alone."""
+    """Context manager: the path of a temporary file that holds these bytes, for readers that take only files."""
 
     def __init__(self, content: bytes | bytearray | memoryview) -> None:
         self._content, self._folder = content, TemporaryDirectory(prefix="specvlm-")
@@ -92,5 +94,5 @@ class BytesFile:
 
 
 def detached(clip: Clip, name: str) -> Clip:
-    """Return a clip under another name, without its place in a file that will be gone."""
+    """Return a clip under another name, without its `origin` in a temporary file."""
     return replace(clip, source=name, index=())

@@ -1,4 +1,4 @@
-"""Read the packets of a video stream without decoding, and judge whether their time stamps are those of its frames.
+"""Read the packets of a video stream without decoding, and decide whether their time stamps are those of its frames.
 
 Shape suffixes: P packets in the order of storage, K key frames.
 """
@@ -73,7 +73,7 @@ class Packets:
         corrupt: True if some packets are marked as damaged.
         invisible: True if some packets may show nothing.
         whole: False if H.264 or HEVC key frames are of other types than those in WHOLE.
-        steady: False if H.264 or HEVC key frames bring different parameter sets, so that the picture size may change.
+        steady: False if H.264 or HEVC key frames carry different parameter sets, so that the picture size may change.
         spliced: True if the decoder may drop frames in the middle, or an edit list jumps back or hides packets there.
     """
 

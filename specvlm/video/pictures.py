@@ -35,7 +35,7 @@ class Pictures:
         self.put_array(place, self.shown(frame, orientation))
 
     def shown(self, frame: Any, orientation: Orientation | None = None) -> np.ndarray[Any, Any]:
-        """Convert a frame of PyAV to (H, W, 3) uint8 RGB, turned as it is to be shown.
+        """Convert a frame of PyAV to (H, W, 3) uint8 RGB, rotated and mirrored for display.
 
         orientation: Used if the frame states none; by default the one given to the constructor.
         """

@@ -110,7 +110,7 @@ class QwenVideoConfig:
 
 @dataclass(frozen=True)
 class Qwen3VideoConfig(QwenVideoConfig):
-    """The same for Qwen3-VL, whose pixel bounds are those of a whole video; defaults as in Qwen3VLVideoProcessor.
+    """`QwenVideoConfig` for Qwen3-VL, with pixel bounds of a whole video; defaults as in Qwen3VLVideoProcessor.
 
     If ``cap_pixels_per_frame`` is set, ``max_video_tokens`` limits each frame.
     """
@@ -228,7 +228,7 @@ def _check_frames(frames: Tensor) -> None:
     """Raise ValueError unless frames are uint8 (T, 3, H, W) on the CPU, and UserError if there are none."""
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[1] != 3 or frames.device.type != "cpu":
         raise ValueError(
-            f"frames: wanted uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
+            f"frames: expected uint8 (T, 3, H, W) on the CPU, got {frames.dtype} {tuple(frames.shape)} on {frames.device}"
         )
     if 0 in frames.shape:
         raise UserError(f"the clip is empty: {frames.shape[0]} frames of {frames.shape[3]}x{frames.shape[2]}")
@@ -246,7 +246,7 @@ def resized(frames: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Ten
 
 
 class Normalization(Protocol):
-    """Mean and std of each channel on the scale 0 to 1, and the factor to it from 8-bit values."""
+    """Mean and std of each channel on the scale 0 to 1, and the factor from 8-bit values to that scale."""
 
     @property
     def mean(self) -> tuple[float, ...]: ...
@@ -276,7 +276,7 @@ def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pix
 
 
 def normalization_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Return those settings of normalization that are given, under the names of our fields."""
+    """Return the normalization settings that the checkpoint sets, under the names of our fields."""
     names = {"image_mean": "mean", "image_std": "std", "rescale_factor": "rescale"}
     values = {ours: found[theirs] for theirs, ours in names.items() if found.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

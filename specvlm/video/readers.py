@@ -1,7 +1,7 @@
 """Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
 
 PyAV's reader takes the numbers and times of frames from `frame_index`; decord's are compared with it if PyAV is
-installed. Faults of a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
+installed. Problems with a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
 """
 
 import importlib.util
@@ -237,7 +237,7 @@ class Group:
 
         Returns:
             The time stamps of the frames that failed: all wanted ones if FFmpeg reports an error, a frame is marked as
-            corrupt, or the key frame does not come first, as in a gradual refresh; else those that did not come.
+            corrupt, or the key frame does not come first, as in a gradual refresh; otherwise those not decoded.
 
         Raises:
             WrongIndex: A frame has a time stamp that no packet has, or is out of order.

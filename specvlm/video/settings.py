@@ -24,7 +24,7 @@ FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Frame sampling as a video processor's settings give it. All fields are None if ``do_sample_frames`` is false.
+    """Frame sampling settings of a video processor. All fields are None if ``do_sample_frames`` is false.
 
     Attributes:
         fps: Sampled frames per second; None if not set.
@@ -56,7 +56,7 @@ class SamplingSettings:
         given = {f.name: found[f.name] for f in fields(cls) if found.get(f.name) is not None}
         if "fps" in given and "num_frames" in given:
             raise UserError(
-                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor exclude each other:"
+                f"{folder}: fps={given['fps']} and num_frames={given['num_frames']} of the video processor cannot both be set:"
                 " set frames=… or fps=…"
             )
         return cls(**given)
@@ -84,13 +84,13 @@ def read_video_settings(folder: str | Path, families: tuple[str, ...], resamples
             found = content
     if found is None:
         raise UserError(
-            f"{folder} has no video processor settings: wanted processor_config.json with a video_processor in it,"
+            f"{folder} has no video processor settings: expected processor_config.json with a video_processor in it,"
             " video_preprocessor_config.json or preprocessor_config.json"
         )
     _check(folder, found)
     kind = found.get("video_processor_type") or found.get("image_processor_type") or ""
     if kind and not str(kind).startswith(families):
-        raise UserError(f"{folder} is set up for {kind}; wanted one of {', '.join(families)}")
+        raise UserError(f"{folder} is set up for {kind}; expected one of {', '.join(families)}")
     off = [name for name in ("do_resize", "do_rescale", "do_normalize") if found.get(name) is False]
     if off or found.get("resample") not in (None, *resamples):
         known = " or ".join(f"{WAYS[way]} ({way})" for way in resamples)
@@ -102,11 +102,11 @@ def read_video_settings(folder: str | Path, families: tuple[str, ...], resamples
 def _check(folder: Path, found: Any) -> None:
     """Raise UserError if the settings are not a dict, or one of them has an invalid value."""
     if not isinstance(found, dict):
-        raise UserError(f"{folder}: video_processor in processor_config.json is no object of settings")
+        raise UserError(f"{folder}: video_processor in processor_config.json is not an object of settings")
     size = found.get("size")
     for name, value in [*found.items(), *(size.items() if isinstance(size, dict) else ())]:
         if value is not None and (wanted := _wanted(name, value)):
-            raise UserError(f"{folder}: {name}={value!r} of the video processor: wanted {wanted}")
+            raise UserError(f"{folder}: {name}={value!r} of the video processor: expected {wanted}")
 
 
 def _wanted(name: str, value: Any) -> str:
@@ -142,5 +142,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: wanted an object of settings")
+        raise UserError(f"{path}: expected an object of settings")
     return content

@@ -72,7 +72,7 @@ class Clip:
 
 
 class Processed(NamedTuple):
-    """A video as a target's processor has made it of a clip (`VideoLM.processed`).
+    """A clip after processing by a target's video processor (`VideoLM.processed`).
 
     Attributes:
         grid: Layout of its tokens.
@@ -154,8 +154,8 @@ def read_video(
         reader: "auto", "pyav" or "decord".
         min_frames: Minimum number of frames with ``fps``. None means 1, or 4 for "qwen".
         max_frames: Maximum number of frames. ``fps`` gives no more; without ``fps``, more are an error.
-        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function from the total and the number
-            wanted to the indices. "qwen" rounds their number to an even one, as Hugging Face does, if ``frames`` or
+        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function that maps the total and the
+            wanted number to indices. "qwen" rounds the number to an even one, as Hugging Face does, if ``frames`` or
             ``fps`` is set.
 
     Returns:
@@ -194,12 +194,12 @@ def _check(frames: int | None, fps: float | None, min_frames: int | None, max_fr
     if not callable(sampling) and sampling not in SAMPLINGS:
         raise UserError(f'unknown sampling "{sampling}": one of {", ".join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}')
     if frames is not None and fps is not None:
-        raise UserError(f"frames={frames} and fps={fps} exclude each other: set one")
+        raise UserError(f"frames={frames} and fps={fps} cannot both be set: leave one out")
     for name, value in (("frames", frames), ("min_frames", min_frames), ("max_frames", max_frames)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"{name}={value}: wanted a whole number from 1")
+            raise UserError(f"{name}={value}: expected a whole number from 1")
     if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"fps={fps}: wanted a number above 0")
+        raise UserError(f"fps={fps}: expected a number above 0")
 
 
 class ClipReader:
@@ -255,9 +255,9 @@ def _mean_fps(video: Reader | ClipReader) -> float:
 def _window(times: tuple[float, ...], start: float, end: float | None, path: str | Path) -> range:
     """Return the numbers of the frames in a section. Raises UserError if it is invalid or has no frames."""
     if not 0 <= start < math.inf:
-        raise UserError(f"start={start}: wanted seconds from 0")
+        raise UserError(f"start={start}: expected seconds from 0")
     if end is not None and not end > start:
-        raise UserError(f"end={end}: wanted seconds after start={start}")
+        raise UserError(f"end={end}: expected seconds after start={start}")
     slack = 1e-3  # containers round times, and decord's are float32
     last = math.inf if end is None else end
     first = sum(time < start - slack for time in times)

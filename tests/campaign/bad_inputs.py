@@ -414,7 +414,7 @@ def faults(ended: Ended, good: Good) -> list[str]:
     found = ended.faults()
     if ended.peak_mb > good.peak_mb + MEMORY_MB:
         found.append(f"took {ended.peak_mb} MB, a good run {good.peak_mb}")
-    if any(sign in ended.out + ended.err for sign in ("\x1b", "\x07", "\u202e", "this is a fault of specvlm")):
+    if any(sign in ended.out + ended.err for sign in ("\x1b", "\x07", "\u202e", "this is a bug in specvlm")):
         found.append(f"control characters, or a fault: {ended.err[-200:]!r}")
     return found
 

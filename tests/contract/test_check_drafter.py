@@ -116,7 +116,7 @@ def test_without_a_fault_it_passes():
         ("state between requests", "for the same seed"),
         ("q of twins", "repeat a token"),
         ("q that cannot have drawn", "cannot have been drawn"),
-        ("q without a sum", "no distribution"),
+        ("q without a sum", "not a distribution"),
     ],
 )
 def test_a_planted_fault_is_caught(fault, message):

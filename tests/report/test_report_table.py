@@ -56,7 +56,7 @@ def test_a_mismatch_and_a_failure_are_named(tmp_path):
 
 
 def test_a_mismatch_by_hugging_faces_own_model_is_one_too(tmp_path):
-    wrong = row(1, hf_check="MISMATCH at token 7: the answer goes on behind stop token 3")
+    wrong = row(1, hf_check="MISMATCH at token 7: the answer continues after stop token 3")
     (only,) = groups(read_jobs([job(tmp_path / "a", [row(0, hf_check="identical"), wrong])]))
     assert only.state == "bad" and only.verdict.startswith("1 of 2 answers are NOT those of Hugging Face's own model")
     assert [line.partition(": ")[2] for line in only.problems] == [f"scene-0001: {wrong['hf_check']}"]

@@ -1,4 +1,4 @@
-"""Translate what lmms-eval hands to a model: its model_args, the generation_kwargs of a task, and chat messages.
+"""Translate what lmms-eval passes to a model: its model_args, the generation_kwargs of a task, and chat messages.
 
 Imports nothing of lmms-eval.
 """
@@ -25,7 +25,7 @@ ELSEWHERE = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_return_sequences", "n", "best_of"), (1,)),
     "use_cache": (True, False),
-    "image_aspect_ratio": ("original", "pad"),  # of LLaVA's first checkpoints alone
+    "image_aspect_ratio": ("original", "pad"),  # only for LLaVA's first checkpoints
 }
 IMPLIED = "\n\n"  # lmms-eval adds it to all tasks that set no `until`; its own classes ignore it, too
 
@@ -35,13 +35,14 @@ def pair_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in KNOWN:
             names = [*KNOWN, "pretrained", "max_num_frames"]
-            hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else f"; there is {', '.join(names)}.{did_you_mean(name, names)}"
+            known = f"; choose from {', '.join(names)}.{did_you_mean(name, names)}"
+            hint = f": {ELSEWHERE[name]}" if name in ELSEWHERE else known
             raise UserError(f'model_args: there is no "{name}"{hint}')
     return {name: _parsed(name, value) for name, value in given.items()}
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Return the object of a text such as {"name": "two_stage", "mass": 0.2}. Returns all else unchanged."""
+    """Parse a text such as {"name": "two_stage", "mass": 0.2}. Returns anything else unchanged."""
     if not isinstance(value, str) or not value.startswith(("{", "[")):
         return value
     try:
@@ -112,5 +113,5 @@ def _part(part: Mapping[str, Any], video: Callable[[Any], Any]) -> dict[str, Any
 
 
 def chosen_for_check(number: int, share: float) -> bool:
-    """Whether request `number` is compared with the target alone, so that a share of them is, evenly spaced."""
+    """Whether request `number` is compared with the target alone. The chosen ones are evenly spaced."""
     return int((number + 1) * share) > int(number * share)

@@ -31,7 +31,7 @@ LOGGED = ("tokens_per_round", "accepted_per_round", "rounds", "kept_tokens", "vi
 
 @dataclass
 class AnswerCounts(TokenCounts):
-    """Token counts of an answer, and how it came about. lmms-eval writes `to_dict` to its log of samples."""
+    """Token counts of an answer and facts about its decoding. lmms-eval writes `to_dict` to its log of samples."""
 
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -45,9 +45,9 @@ class SpecVLM(lmms):
 
     Args:
         pretrained: The target: a folder, a name on the hub, or "embedded:qwen2_5_vl".
-        draft: The draft, given alike.
+        draft: The draft, in the same form.
         batch_size: Number of requests in flight. They share forward passes; answers do not depend on it.
-        max_batch_size: Not used; lmms-eval hands it to every model.
+        max_batch_size: Not used; lmms-eval passes it to every model.
         device: As in `specvlm.load_pair`. With several processes, "auto" is the GPU of each one's local rank.
         check: Share of the answers to compare with the target alone, 0 to 1; true is all.
         max_num_frames: Most frames of a video file, evenly spaced. None: the family's own rule.
@@ -74,13 +74,13 @@ class SpecVLM(lmms):
         if pretrained is None:
             raise UserError("model_args: there is no pretrained=…, the target: a folder, a name or embedded:qwen2_5_vl")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size={batch_size}: wanted a number of requests in flight, 1 or more")
+            raise UserError(f"batch_size={batch_size}: expected a number of requests in flight, 1 or more")
         if isinstance(check, str) or not 0 <= check <= 1:
-            raise UserError(f"model_args: check={check}: wanted true, false or a share of the answers, 0 to 1")
+            raise UserError(f"model_args: check={check}: expected true, false or a share of the answers, 0 to 1")
         if max_num_frames is not None and (not isinstance(max_num_frames, int) or max_num_frames < 1):
-            raise UserError(f"model_args: max_num_frames={max_num_frames}: wanted a number of frames, 1 or more")
+            raise UserError(f"model_args: max_num_frames={max_num_frames}: expected a number of frames, 1 or more")
         if max_num_frames is not None and {"frames", "fps"} & settings.keys():
-            raise UserError("model_args: max_num_frames, frames and fps exclude each other: leave out max_num_frames")
+            raise UserError("model_args: max_num_frames, frames and fps cannot be combined: leave out max_num_frames")
         self.batch_size, self.check, self.max_num_frames = int(batch_size), float(check), max_num_frames
         given = pair_arguments(settings)
         self.session = specvlm.load_pair(pretrained, draft, device=_own_device(device), **given)
@@ -112,7 +112,10 @@ class SpecVLM(lmms):
         return results
 
     def _options(self, request: Instance, number: int, copy: int) -> dict[str, Any]:
-        """Return the options of a request, so that all fail before the first one is answered. copy: as of `--repeats`."""
+        """Return the options of a request. Called for all before the first is answered, so that errors come early.
+
+        copy: Number of the request's copy with `--repeats`.
+        """
         default = self.session.options
         options = call_options(request.args[2], default)
         graph = self.session.graph(default.asked(options))
@@ -134,7 +137,7 @@ class SpecVLM(lmms):
         return GenerationResult(result.text, AnswerCounts(known["prompt_tokens"], known["new_tokens"], about=about))
 
     def _video(self, video: Any) -> Any:
-        """Read at most `max_num_frames` of a video file. Returns what is no path, and without a limit anything, unchanged."""
+        """Read at most `max_num_frames` of a video file. Without a limit, or for anything else, return it unchanged."""
         if self.max_num_frames is None or not isinstance(video, str | Path):
             return video
         path, reader = find_clip(str(video)), self.session.options.reader
@@ -165,7 +168,7 @@ class SpecVLM(lmms):
 
 
 def _own_device(device: str | None) -> str:
-    """Return the device of this process: of several, each has the GPU of its local rank, unless a device is set."""
+    """Return the device of this process. Of several processes, each has the GPU of its local rank by default."""
     rank = os.environ.get("LOCAL_RANK")
     if device in (None, "auto", "cuda") and rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch

@@ -1,8 +1,8 @@
 """Mixtures of experts for few rows. Shape suffixes: see the package docstring; E experts, X experts of a row, F width
 between gate and down.
 
-A pair is a row and one of its experts. Each expert that a row of the pass has chosen is read once, whatever the number
-of its rows, which are multiplied 16 at a time. Neither the other rows nor their experts change a bit of a row's result.
+A pair is a row and one of its experts. Each expert that a row of the pass has chosen is read once for all its rows,
+which are multiplied 16 at a time. Neither the other rows nor their experts change a bit of a row's result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _route_kernel(
 ):  # fmt: skip
     """Choose the X likeliest experts of a row, and their weights, which sum to 1. Grid (Q,).
 
-    Of equal experts the first is chosen, and the last for scores that are no numbers. WIDE: X padded. BLOCK: E padded.
+    Of equal experts the first is chosen, and the last if scores are NaN. WIDE: X padded. BLOCK: E padded.
     """
     row = tl.program_id(0)
     e = tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def _route_kernel(
 
 @triton.jit
 def _pairs_of(id_ptr, PAIRS, p, BY_PAIR: tl.constexpr):
-    """Return this program's expert, a mask of its pairs, their ranks and their number; none if another program has it."""
+    """Return this program's expert, and its pairs: mask, ranks, count. No pairs if another program has the expert."""
     ids = tl.load(id_ptr + p, mask=p < PAIRS, other=-1)
     expert = tl.program_id(1)
     first = 0
@@ -73,7 +73,7 @@ def _pairs_of(id_ptr, PAIRS, p, BY_PAIR: tl.constexpr):
 
 @triton.jit
 def _some_pairs(mine, rank, count, p, first, ROWS: tl.constexpr):
-    """Return the numbers of ROWS pairs from the first-th of `mine` on, and which of them there are."""
+    """Return the indices of ROWS pairs, from pair number `first` of `mine` on, and a mask of those that exist."""
     wanted = first + tl.arange(0, ROWS)
     hit = mine[None, :] & (rank[None, :] == wanted[:, None])
     return tl.sum(tl.where(hit, p[None, :], 0), 1), wanted < count
@@ -83,7 +83,8 @@ def _some_pairs(mine, rank, count, p, first, ROWS: tl.constexpr):
 def _load_tile(w_ptr, s_ptr, outputs, k, offs_k, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
     """Load a tile of weights in the dtype `kind`, dequantised as `QuantizedLinear.weight_in` does.
 
-    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's inputs.
+    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's
+    inputs.
     """
     WIDE: tl.constexpr = 2 if KIND == "int4" else 1
     at = outputs[:, None].to(tl.int64) * (K // WIDE) + (k + offs_k)[None, :]
@@ -147,7 +148,7 @@ def _down_experts_kernel(
     X: tl.constexpr, BLOCK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_PAIR: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute out (X, Q, N): each pair's y times its expert's w (E * N, F) and its weight. Grid (tiles of N, experts)."""
+    """Compute out (X, Q, N): each pair's y times its expert's w (E * N, F) and weight. Grid (tiles of N, experts)."""
     p = tl.arange(0, BLOCK)
     offs_n = tl.program_id(0) * BN + tl.arange(0, BN)
     offs_k = tl.arange(0, BK)

@@ -22,7 +22,7 @@ def _all_reduce_norm_kernel(
     S: tl.constexpr, R: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NARROW: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Do as _add_norm_kernel, with parts summed over ranks. Grid (Q,): the programs of a row on all ranks synchronise.
+    """Like `_add_norm_kernel`, but sum the parts over ranks. Grid (Q,): the programs of a row on all ranks synchronise.
 
     Each program writes its share to a buffer that all ranks can read. It marks the row as ready on every other rank
     with the turn number, waits for their marks, and sums the shares in rank order, so all ranks get the same sum. Two
@@ -67,7 +67,7 @@ def _all_reduce_norm_kernel(
 def all_reduce_add_norm(
     ranks: ProcessGroup, x_QK: Tensor, parts_SQK: Tensor, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """Do as `add_norm`, with parts summed over ranks. Each rank rounds its sum first.
+    """Like `add_norm`, but sum the parts over ranks. Each rank rounds its sum first.
 
     Uses one fused kernel if the ranks share a buffer with room for the rows, else a separate all-reduce.
     """

@@ -98,7 +98,7 @@ def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[s
     Args:
         tile: The tiling, tuned on Hopper.
         stage_bytes: Shared memory that a stage takes.
-        other_bytes: Shared memory that the kernel takes besides.
+        other_bytes: Other shared memory that the kernel takes.
     """
     limit, stages, dependent = older_limit(), tile.stages, PDL
     if limit is not None:

@@ -34,7 +34,7 @@ def _prefetch(w_ptr, offs_n, k0, stride, BYTES: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _nibbles(packed, HIGH: tl.constexpr, ASM: tl.constexpr):
-    """Unpack 4-bit weights q, stored as q + 8, to int8 of 16 q.
+    """Unpack 4-bit weights q, stored as q + 8, to int8 values of 16 q.
 
     Flipping the top bit of q + 8 gives q in two's complement. Left in the high nibble, it is 16 q.
     """
@@ -66,7 +66,7 @@ def _add_product(acc, w, x, s, KIND: tl.constexpr):
 
 @triton.jit
 def _add_nibbles(acc, packed, x_low, x_high, s_low, s_high, scale_at, further, ASM: tl.constexpr):
-    """Compute acc + w x for one tile of int4: low nibbles with some inputs, high ones with those half a row further.
+    """Compute acc + w x for one tile of int4: low nibbles with the first half of a row, high ones with the second.
 
     scale_at: Addresses of the (BN,) scales of the low nibbles. further: Distance to those of the high ones.
     """
@@ -164,7 +164,7 @@ def _gated_kernel(
     x_ptr, gate, up, y_ptr, Q, N, K,
     BQ: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute y (Q, N) = silu(x gate^T) * (x up^T) of unquantised weights. One loop over both, so that x is read once."""
+    """Compute y (Q, N) = silu(x gate^T) * (x up^T) for unquantised weights. One loop over both, to read x once."""
     tile = tl.program_id(0)
     offs_n = tile * BN + tl.arange(0, BN)
     offs_q = tl.arange(0, BQ)
@@ -221,10 +221,10 @@ def _activation_kernel(gu_ptr, y_ptr, ys_ptr, N, parts, KIND: tl.constexpr, GROU
 def why_not(weights: Iterable[Weight], head_dim: int) -> str | None:
     """Say why these kernels cannot run a model with these weights and head width; None if they can."""
     if head_dim < 16 or head_dim % 16:
-        return f"its heads are {head_dim} wide, which is no multiple of 16"
+        return f"its heads are {head_dim} wide, which is not a multiple of 16"
     for weight in weights:
         if weight.inputs % LEAST or weight.data.stride(1) != 1:
-            return f"{weight.inputs} inputs of a layer are no multiple of {LEAST}"
+            return f"{weight.inputs} inputs of a layer are not a multiple of {LEAST}"
         # Outputs need no check: they are inputs of the next layer, except the LM head's, which may be any number.
         if weight.kind != "full" and (weight.inputs % GROUP or head_dim != GROUP or weight.group not in (GROUP, weight.inputs)):
             return f"weights in {weight.kind} need layers of multiples of {GROUP} inputs and heads of {GROUP}"
@@ -249,7 +249,7 @@ def tile_of(weight: Weight, rows: int, double: bool = False) -> Tile:
 def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device, least: int = 1) -> int:
     """Choose the number of parts of a sum over k, at least `least`, so that layers with few output tiles fill the device.
 
-    The choice must not depend on the number of rows: sums are to be rounded alike in passes of one row and of a tree.
+    The choice must not depend on the number of rows, so that passes of one row and of a tree round sums the same way.
     """
     tiles = sum(triton.cdiv(w.outputs, tile.outputs) for w in weights)
     stored = weights[0].data.shape[1]
@@ -259,7 +259,7 @@ def parts_of(weights: tuple[Weight, ...], tile: Tile, device: torch.device, leas
 
 
 def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[int, int]:
-    """Estimate the shared memory of a stage (tiles of weights and rows), and what a program takes besides, in bytes."""
+    """Estimate the shared memory of a stage (tiles of weights and rows), and the other shared memory, in bytes."""
     size, halves = 2 if weight.kind == "full" else 1, 2 if weight.kind == "int4" else 1  # int4 reads two tiles of rows
     return tile.inputs * size * (weights * tile.outputs + halves * width_of(rows)), 2048
 
@@ -295,8 +295,8 @@ def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtyp
 def gated(x_QK: Tensor | Narrow, gate: Weight, up: Weight, dtype: torch.dtype, kind: str = "full") -> Tensor | Narrow:
     """Compute (Q, N) silu(x gate^T) * (x up^T), rounding each step to dtype.
 
-    Of quantised weights, gate and up are one linear layer, which takes less time than both in one loop: 23 instead of
-    32 us for the 7B's in int4 on an H200.
+    For quantised weights, gate and up run as one linear layer, which is faster than both in one loop: 23 instead of
+    32 us for those of the 7B in int4 on an H200.
     """
     if isinstance(x_QK, Narrow):
         both_SQN = linear(x_QK, (gate, up), least=HALVES)

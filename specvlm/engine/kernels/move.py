@@ -1,4 +1,7 @@
-"""Compact a request's cache after a verdict, its place read from the device. Shape suffixes: see the package docstring."""
+"""Compact a request's cache after a verdict, at an address read from the device.
+
+Shape suffixes: see the package docstring.
+"""
 
 from __future__ import annotations
 

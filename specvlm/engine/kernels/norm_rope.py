@@ -191,7 +191,7 @@ def rope_many(
     parts_SQN: Tensor, biases: tuple[Tensor, ...], cos_QD: Tensor, sin_QD: Tensor, contexts: Contexts, layer: int, heads: int,
     norms: tuple[Tensor, ...] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Do as `rope` with the rows of several requests, each of which writes to its own cache's `layer`."""
+    """Like `rope`, but for rows of several requests, each of which writes to `layer` of its own cache."""
     layout, anchor = contexts.layout, contexts.anchor
     where = (anchor, anchor, contexts.table_B4, layout.request_Q, layout.local_Q, 0, layer)
     return _rope(parts_SQN, biases, cos_QD, sin_QD, where, 0, heads, contexts.kv_heads, norms, eps, many=True)

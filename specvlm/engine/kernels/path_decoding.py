@@ -1,11 +1,11 @@
 """Path attention: bit-exact attention, whose result for a row depends only on the row's own path.
 
 The n keys of a row, in the order of its path, are split into segments that depend only on n and the number of KV heads:
-full chunks, then leaves of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots, twice as many once a
-row would have more than EARLY of them (from HEADS KV heads on), and so on so that a row never has more than MOST.
+full chunks, then leaves of LEAF slots, the last of which may be shorter. A chunk has CHUNK slots. Its length doubles
+once a row would have more than EARLY chunks (from HEADS KV heads on), and again whenever it would have more than MOST.
 Segments that end below `base` are contiguous in the cache, and blocks of rows read them together. A row's other
-segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So
-neither the number of rows, nor the tree, nor the cache's capacity, nor other requests in the pass change a bit
+segments are gathered along its path, with the same arithmetic in the same order. Segments are merged in order. So the
+number of rows, the tree, the cache's capacity and other requests in the pass do not change a single bit
 (tests/test_exact_gpu.py).
 
 Shape suffixes: see the package docstring; P slots of a path, S segments.
@@ -264,7 +264,7 @@ def path_attention(
 
 
 def path_attention_many(q_QHD: Tensor, contexts: Contexts, layer: int, scale: float, kind: str = "full") -> Tensor | Narrow:
-    """Do as `path_attention` with the rows of several requests: each attends to its own request's cache."""
+    """Like `path_attention`, but for rows of several requests: each attends to its own request's cache."""
     layout, anchor = contexts.layout, contexts.anchor
     tables = (layout.ways_QP, layout.above_Q, contexts.table_B4, layout.request_Q, layout.blocks_N3)
     blocks, kv_heads = len(layout.blocks_N3), contexts.kv_heads
@@ -275,7 +275,7 @@ def _launch(
     q_QHD: Tensor, both: tuple[Tensor, Tensor], tables: tuple[Tensor, ...], kv_heads: int, capacity: int, layer: int,
     blocks: int, scale: float, kind: str, chunk: int, many: bool,
 ) -> Tensor | Narrow:  # fmt: skip
-    """Launch both kernels. both: keys and values, or the anchor. tables: `_path_kernel`'s arguments from ways_ptr on."""
+    """Launch both kernels. both: keys and values, or the anchor. tables: arguments of `_path_kernel` from ways_ptr."""
     rows, heads, width = q_QHD.shape
     if capacity > LONGEST or heads > ROWS * kv_heads:
         raise ValueError(f"attention over {capacity} slots with {heads} heads on {kv_heads}: at most {LONGEST}, {ROWS} on each")

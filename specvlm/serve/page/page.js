@@ -84,7 +84,7 @@ async function chooseClip(name) {
 async function chooseFile(file) {
   const mine = ++state.choosing;
   if (!state.info) await connect();
-  if (file.type && !file.type.startsWith("video/")) throw new Problem(`${file.name} is no video.`);
+  if (file.type && !file.type.startsWith("video/")) throw new Problem(`${file.name} is not a video.`);
   if (!file.size) throw new Problem(`${file.name} is empty.`);
   const most = mostBytes();
   if (file.size > most) throw new Problem(`${file.name} has ${mib(file.size)}. This server takes at most ${mib(most)}.`);

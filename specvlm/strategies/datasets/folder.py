@@ -61,17 +61,17 @@ class FolderDataset(LocalDataset):
         path, more = self.video(self.folder, name), tuple(self.video(self.folder, other) for other in others)
         images = tuple(self.video(self.folder, image) for image in listed(entry.get("image")))
         if entry.get("image") is not None and not images:
-            raise UserError(f"image={line(repr(entry['image']))}: wanted a file or a list of files")
+            raise UserError(f"image={line(repr(entry['image']))}: expected a file or a list of files")
         options = () if entry.get("options") is None else entry["options"]
         if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
-            raise UserError(f"options={line(repr(options))}: wanted a list of texts")
+            raise UserError(f"options={line(repr(options))}: expected a list of texts")
         question = CAPTION if entry.get("question") is None else entry["question"]
         if not isinstance(question, str) or not question.strip():
-            raise UserError(f"question={line(repr(question))}: wanted a text, or no question for the generic caption")
+            raise UserError(f"question={line(repr(question))}: expected a text, or no question for the generic caption")
         key, answer = _word("id", entry.get("id", name)), entry.get("answer")
         start, end = _number(entry, "start") or 0.0, _number(entry, "end")
         if end is not None and not end > start:
-            raise UserError(f"end={end}: wanted seconds after start={start}")
+            raise UserError(f"end={end}: expected seconds after start={start}")
         fps = _number(entry, "fps")
         if os.path.isdir(path) and fps is None:
             raise UserError(f"{name} is a folder of frames: add the frames per second, as in fps=3")
@@ -99,7 +99,7 @@ def _jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(entry, dict):
-            raise UserError(f'{path}, line {number}: wanted an object like {{"video": "talk.mp4"}}')
+            raise UserError(f'{path}, line {number}: expected an object like {{"video": "talk.mp4"}}')
         yield number, entry
 
 
@@ -130,7 +130,7 @@ def _number_or_text(text: str) -> float | str:
 def _word(key: str, value: object) -> str:
     """Return a text or number as text. Raises UserError for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{key}={line(repr(value))}: wanted a text or a number")
+        raise UserError(f"{key}={line(repr(value))}: expected a text or a number")
     return str(value)
 
 
@@ -147,5 +147,5 @@ def _number(entry: dict[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in NUMBER:
-        raise UserError(f"{key}={line(repr(value))}: wanted a number from {NUMBER.low}, {NUMBER.most}")
+        raise UserError(f"{key}={line(repr(value))}: expected a number from {NUMBER.low}, {NUMBER.most}")
     return float(value)

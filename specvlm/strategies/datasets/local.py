@@ -111,7 +111,7 @@ class LocalDataset(Dataset):
         text = name if isinstance(name, str) else ""
         parts = PurePath(text).parts
         if not parts or ".." in parts or PurePath(text).is_absolute() or "\0" in text:
-            raise UserError(f"video={line(repr(name))}: wanted a path below {below}")
+            raise UserError(f"video={line(repr(name))}: expected a path below {below}")
         return below / text
 
     def place(self, *names: str) -> Path:
@@ -136,7 +136,7 @@ class LocalDataset(Dataset):
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); if git cloned it without LFS, download it again") from None
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise UserError(f"{path}: wanted a list of objects")
+            raise UserError(f"{path}: expected a list of objects")
         return self._typed(found, kind, path)
 
     def _typed(self, found: list[dict[str, Any]], kind: Any, path: Path) -> list[dict[str, Any]]:

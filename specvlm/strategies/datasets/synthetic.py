@@ -21,7 +21,7 @@ FIRST = 77_000_000  # seed of scene 0, far above all training seeds (see experim
 class SyntheticDataset(Dataset):
     """Held-out scenes of two to five objects, with exact answers; 16 s each, rendered in 0.2 s on one core.
 
-    Scene n is the same whatever the fields, and the same as scene n in experiments/embedded_pair.
+    Scene n does not depend on the fields, and is scene n of experiments/embedded_pair.
 
     Attributes:
         scenes: Number of scenes.

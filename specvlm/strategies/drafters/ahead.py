@@ -1,10 +1,10 @@
 """Tables and passes for drafting below several outcomes of a check at once, on the device only.
 
 An outcome is the last accepted node of the current tree, and one of the draft's likeliest corrections after it. The
-rows of all outcomes share the draft's cache: they are written behind those of the current tree, and each sees those of
-its own outcome only. Those of the outcome that comes true are moved to where a tree drafted anew would have them.
+rows of all outcomes share the draft's cache: they are written after those of the current tree, and each sees those of
+its own outcome only. Those of the outcome that comes true are moved to where a newly drafted tree would have them.
 
-All tokens found so far lie in a pool: those of the current tree, the corrections of its expanded nodes, and what each
+All tokens found so far are in a pool: those of the current tree, the corrections of its expanded nodes, and what each
 pass has found below each of its rows. Tables hold indices into the pool.
 
 Shape suffixes: M tree nodes, E nodes that are expanded, O outcomes, Q rows of a pass, T slots that they may attend to,
@@ -37,7 +37,7 @@ CHANCES = (0.75, 0.12, 0.04, 0.02)
 
 
 class Row(NamedTuple):
-    """A row of a pass ahead.
+    """A row of a pass that drafts ahead.
 
     Attributes:
         outcome: Number of the outcome whose tree the node belongs to; None for a leaf of the current tree.
@@ -83,8 +83,8 @@ class Plan:
         bonus_O: Index in the pool of each outcome's correction.
         tokens_OM: Indices of its tree's tokens.
         more_OEX: Indices of the corrections of its tree's expanded nodes.
-        ways_OD: Slots to move to those from the current root's on, relative to that: the accepted path, the new root and
-            its tree's other expanded nodes. Past them, position i holds i.
+        ways_OD: Slots to move to those from the current root's on, relative to that: the accepted path, the new root
+            and its tree's other expanded nodes. Past them, position i holds i.
         found_OE: Row of each expanded node among those of all passes.
     """
 
@@ -100,7 +100,7 @@ class Plan:
     found_OE: Tensor
 
     def levels(self, number: int, passes: int, depth: int) -> int:
-        """Return how many levels of an outcome's tree are expanded after so many passes. depth: Levels of the shape."""
+        """Return how many levels of an outcome's tree `passes` passes expand. depth: Levels of the shape."""
         return max(0, min(depth, passes - self.starts[number]))
 
 
@@ -283,12 +283,13 @@ def guess(
     Args:
         piece: Tables of the pass.
         vocabulary, rule, more, model, cache: As for `expand`.
-        state_4: Slot of the current root, position minus slot, seed of a coupled rule, slot of the answer's first token.
+        state_4: Slot of the current root, position minus slot, seed of a coupled rule, slot of the answer's first
+            token.
         pool_N: The pool so far.
         races_EV: Random numbers of the next tree, one row per expanded node; (0,) if children are not drawn.
 
     Returns:
-        The pool with what was found, and q of the rows, (Q, V), if children are drawn.
+        The pool with the tokens found, and q of the rows, (Q, V), if children are drawn.
     """
     root, offset, seed, start = state_4.split(1)
 
@@ -307,7 +308,7 @@ def guess(
 def take(plan: Plan, model: VideoLM, cache: KVCache, state_2: Tensor, pool_N: Tensor) -> Passes[tuple[Tensor, Tensor]]:
     """Move the rows of the outcome that came true, and return its tree's tokens (M,) and corrections (E, X).
 
-    state_2: Slot of the root before, and number of the outcome.
+    state_2: Slot of the previous root, and number of the outcome.
     """
     yield from ()  # it needs no pass
     root, outcome = state_2.split(1)

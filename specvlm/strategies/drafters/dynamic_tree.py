@@ -80,7 +80,7 @@ class GrownTreeDrafter(Drafter):
     def start(self, ctx: DraftContext) -> GrownSession:
         widest = max(max(self.growth(*extent).columns) for extent in self.extents())
         if widest > ctx.vocabulary:
-            raise UserError(f"drafter={self.name} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
+            raise UserError(f"drafter={self.name} needs {widest} guesses per node, there are {ctx.vocabulary} tokens")
         return GrownSession(ctx, drafting_model(ctx, self.model), self)
 
 
@@ -126,7 +126,7 @@ class DynamicTreeDrafter(GrownTreeDrafter):
             raise ValueError(f"nodes, depth and width must be at least 1, got {self.nodes}, {self.depth} and {self.width}")
         if (most := candidates(self.depth, self.width)) < self.nodes:
             raise ValueError(
-                f"depth {self.depth} and width {self.width} give {most} guesses to choose nodes={self.nodes} of: widen one"
+                f"depth {self.depth} and width {self.width} give {most} guesses to choose nodes={self.nodes} from: increase one"
             )
 
     def extents(self) -> list[tuple[int, int]]:
@@ -180,7 +180,7 @@ def round_of(
 
 
 class GrownSession(PrunedSession):
-    """Grows one tree per round. The host reads the tree's shape, and tells the next round which rows were accepted."""
+    """Grows one tree per round. The host reads the tree's shape, and passes the accepted rows to the next round."""
 
     def __init__(self, ctx: DraftContext, model: VideoLM, drafter: GrownTreeDrafter) -> None:
         super().__init__(ctx, model, drafter.max_rows)

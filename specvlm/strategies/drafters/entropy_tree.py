@@ -96,7 +96,7 @@ class EntropyTreeDrafter(GrownTreeDrafter):
         return list(found)
 
     def growth(self, depth: int, width: int) -> Growth:
-        """Return how a tree grows, with as many rows per level as nodes there can pass its threshold at most."""
+        """Return how a tree grows. The rows of a level are the most nodes that can pass its threshold."""
         levels, shares = range(1, depth + 1), [width / level for level in range(1, depth + 1)]
         rows, above = [], 1
         for level, share in zip(levels, shares, strict=True):

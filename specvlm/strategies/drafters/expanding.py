@@ -200,7 +200,8 @@ def expand(
         tables: Tables of the tree's shape.
         vocabulary: Ids below this number are known to both models.
         rule: How children are drawn, or scored if the rule is coupled; None takes the best tokens by logits.
-        first: First level to expand. If it is not 0, the rows of earlier levels are in place, and `old_M` has their guesses.
+        first: First level to expand. If it is not 0, the rows of earlier levels are in place, and `old_M` has their
+            guesses.
         more: Number X of corrections to find per expanded node (see `choose`).
         model: The model that drafts.
         cache: KV cache of that model.
@@ -208,8 +209,8 @@ def expand(
             slot, seed of a coupled rule, slot of the answer's first token.
         old_M: Tokens of the previous tree.
         races_RV: Exponential random numbers, one row per expanded node; (0,) if children are not drawn.
-        known: If `first` is not 0 and `more` is not either, the corrections of all expanded nodes, those of earlier levels
-            being valid.
+        known: If `first` is not 0 and `more` is not either, the corrections of all expanded nodes, those of earlier
+            levels being valid.
 
     Returns:
         Tokens (M,), q (M, V), or (0,) if children are not drawn, and if `more` is not 0 the corrections of the expanded

@@ -22,8 +22,8 @@ from specvlm.models.passes import Passes, driven
 class Growth:
     """Sizes and thresholds of a tree, known before the first pass, so that one captured program serves every round.
 
-    A drafter's own rule decides which nodes the tree should consist of, called inner, and which of these should get
-    children, called open. The root is both. Sizes are fixed, so the most probable other nodes fill places left free.
+    A drafter's own rule picks the nodes of the tree, called inner nodes, and those of them that get children, called
+    open nodes. The root is both. Sizes are fixed, so the most probable other nodes fill places left free.
 
     Attributes:
         columns: Maximum number of children of a node, per level.

@@ -1,4 +1,4 @@
-"""Guess on while the target checks, below the outcomes that are likely, so that the next tree is mostly there in time.
+"""Draft the next tree while the target checks the current one, below the likely outcomes of the check.
 
 Shape suffixes: M tree nodes, E nodes that are expanded, O outcomes, X corrections per node, Q rows of a pass,
 V vocabulary.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 HOST = torch.device("cpu")
-HITS, FIRST, MEMORY = 0.8, 4, 32  # hit rate taken for granted, the rounds that this counts for, and those remembered
+HITS, FIRST, MEMORY = 0.8, 4, 32  # prior hit rate, its weight in rounds, and number of rounds remembered
 POLL_S = 5e-5  # seconds between two looks at whether a pass or the check has ended
 FADE = 0.95  # factor by which a measured time fades in each round that does not measure it
 
@@ -43,9 +43,9 @@ class OverlapDrafter(TreeDrafter):
     Outcomes of a check are pairs of the last accepted node and the target's next token there. The draft guesses the
     latter too: its likeliest tokens besides the node's children, called corrections. During the check it drafts below
     the likeliest outcomes at once: each pass has a row for each outcome, and rows cost little in a pass that reads all
-    weights anyway. If one of them comes true (a hit), its tree, or the levels of it that are there, need not be drafted
-    any more. Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under
-    `sampling` its distribution, does not depend on speed or hits.
+    weights anyway. If one of them comes true (a hit), the levels of its tree that are ready need not be drafted again.
+    Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under `sampling` its
+    distribution, does not depend on speed or hits.
 
     The idea is that of parallel drafting: ParallelVLM (arXiv 2603.19610) and HIPPO (arXiv 2601.08273) draft one
     continuation during the check, the one in which all guesses are accepted.
@@ -53,13 +53,13 @@ class OverlapDrafter(TreeDrafter):
     guess is checked at once, none in a later window; greedy, sampled and coupled trees.
 
     Cost: during each check, one pass more than the tree has levels, of at most 64 rows. A pass that still runs when the
-    verdict arrives delays the next round by its rest, so one starts late in a check only if hits are frequent enough.
+    verdict arrives delays the next round, so one starts late in a check only if hits are frequent enough.
     Limits: it needs a device of its own for the draft (`draft.device=cuda:1`) and a target whose checks are captured;
     elsewhere, and while other requests share the checks, it drafts as `tree` does.
 
     Attributes:
         corrections: Tokens guessed per node as the target's next one.
-        ahead: Draft passes during each check, always that many. 0: as many as fit, on a device of its own.
+        ahead: Fixed number of draft passes during each check. 0: as many as fit, if the draft has a device of its own.
 
     Raises:
         ValueError: The shape is malformed, `children` is unknown, `corrections` is below 1 or `ahead` below 0.
@@ -91,7 +91,7 @@ class OverlapDrafter(TreeDrafter):
     def start(self, ctx: DraftContext) -> OverlapSession:
         if (widest := max(self.fixed.ranks) + 1 + self.corrections) > ctx.vocabulary:
             raise UserError(
-                f"drafter.shape={self.shape} with corrections={self.corrections} asks {widest} guesses of a node,"
+                f"drafter.shape={self.shape} with corrections={self.corrections} needs {widest} guesses per node,"
                 f" there are {ctx.vocabulary} tokens"
             )
         return OverlapSession(ctx, drafting_model(ctx, self.model), self, self.rule_of(ctx))
@@ -100,7 +100,7 @@ class OverlapDrafter(TreeDrafter):
 class Pace:
     """Decides when a pass ahead starts, from how long checks and passes take and how often the outcome was guessed.
 
-    A pass that was started cannot be taken back: if it still runs when the verdict comes, that delays a miss by its rest.
+    A pass cannot be stopped: if it still runs when the verdict arrives, the next round after a miss waits for its end.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Pace:
         self.begun, self.slow = now, False
 
     def starts(self, waiting: int) -> bool:
-        """Whether a pass starts now, behind `waiting` ones.
+        """Whether a pass starts now, after `waiting` others.
 
         It does if it will end before the check. One that will not starts only when all others have ended, and if the
         time that it saves after a hit outweighs the time that it costs after a miss.
@@ -129,14 +129,14 @@ class Pace:
         return not waiting and self.hits * max(left, 0.0) > (1 - self.hits) * (self.pass_s - left)
 
     def end(self, started: int, ended: int, done: bool) -> None:
-        """End guessing on. Of the passes that have started, so many have ended. done: Whether the verdict is there."""
+        """End a round, with the numbers of passes ahead started and ended. done: Whether the verdict is there."""
         passed = perf_counter() - self.begun
         self.check_s = passed if done else max(self.check_s, passed)
         self.slow = done and started > 0 and not ended
         if ended:
             self.pass_s = passed / ended
         elif not started:
-            self.pass_s *= FADE  # so that it is measured again some time
+            self.pass_s *= FADE  # so that it is measured again eventually
 
     def went(self, hit: bool) -> None:
         """Record whether an outcome was guessed."""
@@ -188,7 +188,7 @@ class OverlapSession(TreeSession):
             self.bonuses = self.bonuses or running[-1]
         if self.fitting:
             self.pace.end(self.passes, self.passes - len(running), done())
-        # What the corrections of expanded nodes are is known without a pass.
+        # The corrections of expanded nodes are known without a pass.
         self.bonuses = self.bonuses or HostCopy(self.pool.index_select(0, self.plan.bonus_O))
 
     def _piece(self, number: int) -> Routine:
@@ -222,7 +222,7 @@ class OverlapSession(TreeSession):
         return None
 
     def _there(self, last: Verdict | None) -> tuple[int, int]:
-        """Return the number of the outcome that came true, and how many levels of its tree are there; 0 if none are."""
+        """Return the number of the outcome that came true, and how many levels of its tree are drafted, maybe 0."""
         self.drafted_ahead = None
         if last is None or self.bonuses is None:
             return 0, 0
@@ -233,7 +233,7 @@ class OverlapSession(TreeSession):
         return number or 0, self.drafted_ahead
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
-        """Take the tree of the outcome that came true and draft its missing levels, or draft the tree anew."""
+        """Take the tree of the outcome that came true and draft its missing levels, or draft the whole tree."""
         node, bonus = (0, self.ctx.bonus) if last is None else (last.path[-1], last.bonus)
         number, first = self._there(last)
         races, base, q_MV = self._races(), self.root + self.shape.depths[node], self.races
@@ -250,7 +250,7 @@ class OverlapSession(TreeSession):
         return DraftTree(self.tokens, self.shape.parents, q_MV if self.sample else None, ranks=self.shape.ranks)
 
     def _with_those_ahead(self, q_MV: Tensor | None, number: int, first: int) -> Tensor:
-        """Put the distributions of the levels that were drafted ahead into those of a tree."""
+        """Insert the distributions of the levels that were drafted ahead into the `q` of a tree."""
         ahead_QV, count = torch.cat(self.q_QV), sum(map(len, self.shape.levels[:first]))
         rows = self.plan.found_OE[number, :count]
         q_MV = ahead_QV.new_zeros(len(self.shape), ahead_QV.shape[1]) if q_MV is None else q_MV

@@ -68,7 +68,7 @@ class PromptLookupDrafter(Drafter):
 
 
 class PromptLookupSession(DraftSession):
-    """Keeps the text so far, and for each n-gram where the text went on after it last. Never rescans the text."""
+    """Keeps the text so far, and the position after the last occurrence of each n-gram. Never rescans the text."""
 
     def __init__(self, drafter: PromptLookupDrafter, ctx: DraftContext) -> None:
         self._length = drafter.length
@@ -109,7 +109,7 @@ class PromptLookupSession(DraftSession):
         return [gram for gram in grams if _GAP not in gram]
 
     def _continuation(self) -> list[int]:
-        """Return the guesses: what last followed the longest known n-gram at the end; empty if none is known."""
+        """Return the tokens that last followed the longest known n-gram at the end; empty if none is known."""
         found = next((self._next[gram] for gram in self._endings() if gram in self._next), None)
         chain: list[int] = []
         if found is None:

@@ -1,4 +1,4 @@
-"""What drafters share that run a model over the pruned prompt."""
+"""Shared by drafters that run a model over the pruned prompt."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PrunedSession(DraftSession):
     """Session with a KV cache of its own: the pruned prompt, then accepted tokens, then the rows of the current tree.
 
     A round compacts the accepted rows, then feeds the last accepted node of the old tree and the new root. The former
-    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. Where
-    routines are not captured, `TreeSession` feeds the root alone if that row is there.
+    is fed again because its row may be missing (leaves are not expanded); on a GPU two rows cost as much as one. If
+    routines are not captured and the row is in the cache, `TreeSession` feeds only the root.
 
     Args:
         ctx: Context of the request.
         model: The model that drafts.
-        rows: Maximum number of rows that a round writes, the last accepted node's aside.
+        rows: Maximum number of rows that a round writes, without that of the last accepted node.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, rows: int) -> None:

@@ -54,7 +54,7 @@ class TreeDrafter(Drafter):
             measured while decoding.
 
     Raises:
-        ValueError: The shape is malformed, `children` is unknown, or `costs` is no such file or not for `auto`.
+        ValueError: The shape is malformed, `children` is unknown, or `costs` is not a costs.json or not for `auto`.
     """
 
     name = "tree"
@@ -104,10 +104,10 @@ class TreeDrafter(Drafter):
         return kind(ctx, drafting_model(ctx, self.model), max(self.shapes, key=len), self.rule_of(ctx))
 
     def rule_of(self, ctx: DraftContext) -> Sampling | None:
-        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if the keys conflict."""
+        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if keys conflict."""
         widest = max(rank for shape in self.shapes for rank in shape.ranks) + 1
         if widest > ctx.vocabulary:
-            raise UserError(f"drafter.shape={self.shape} asks {widest} guesses of a node, there are {ctx.vocabulary} tokens")
+            raise UserError(f"drafter.shape={self.shape} needs {widest} guesses per node, there are {ctx.vocabulary} tokens")
         rule = None if self.children == "top" or not ctx.sampling.temperature else ctx.sampling
         if self.children == "sample" and ctx.sampling.temperature == 0:
             raise UserError("drafter.children=sample needs a verifier that samples: use verifier=sampling, or children=auto")
@@ -117,7 +117,7 @@ class TreeDrafter(Drafter):
 
 
 class TreeSession(PrunedSession):
-    """Drafts static trees, level by level. Their shape stays, or `ctx.next_shape` chooses one for each round.
+    """Drafts static trees, level by level. Their shape is fixed, or `ctx.next_shape` chooses one for each round.
 
     Args:
         ctx: Context of the request.
@@ -157,7 +157,7 @@ class TreeSession(PrunedSession):
         Args:
             fed: Number of rows of the first pass.
             first: First level to expand; see `expand`.
-            known: Examples of more inputs.
+            known: Further example inputs of the routine.
         """
         shape, vocabulary = self.shape, self.ctx.vocabulary
         if (shape, fed, first) not in self.routines:
@@ -174,7 +174,7 @@ class TreeSession(PrunedSession):
         return self.routines[shape, fed, first]
 
     def anew(self, there: bool) -> Routine:
-        """Return the routine that drafts a whole tree. there: Whether the last accepted node's row is there."""
+        """Return the routine that drafts a whole tree. there: Whether the last accepted node's row is in the cache."""
         return self.routine(1 if there and not self.ctx.captured else 2)
 
     def propose(self, last: Verdict | None) -> Work[DraftTree]:
@@ -183,7 +183,7 @@ class TreeSession(PrunedSession):
         return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
 
     def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
-        """Draft a tree below `bonus`, which follows a node of the last one. there: Whether that node's row is there."""
+        """Draft a tree below `bonus`, which follows a node of the last tree. there: Whether its row is cached."""
         base = self.root + self.shape.depths[node]
         routine = self.anew(there)
         races = self.races.exponential_(generator=self.generator) if self.sample else None
@@ -217,7 +217,7 @@ class VaryingTreeSession(TreeSession):
         return (yield from self.draft(node, bonus, there))
 
     def _leave(self, node: int, shape: TreeShape) -> int:
-        """Go on from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
+        """Continue from a node of the last tree as if it were the root of one of the new shape. Returns that root."""
         tables = tables_of(self.shape, self.sample, self.device, 2)
         if tables.moves:
             self.cache.move(torch.tensor([self.root], device=self.device), tables.ways_MD[node])
@@ -226,7 +226,7 @@ class VaryingTreeSession(TreeSession):
         return 0
 
     def _read(self) -> Work[None]:
-        """Read the tokens that the draft has not seen, but for the last, which the first pass of the tree feeds."""
+        """Read the tokens that the draft has not seen, except the last, which the first pass of the tree feeds."""
         many = torch.cat(self.unread[:-1]) if len(self.unread) > 1 else torch.empty(0, dtype=torch.int64)
         self.unread, at = [], self.root - len(many)
         for part in many.split(AT_ONCE) if len(many) else ():

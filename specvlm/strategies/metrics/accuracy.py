@@ -18,8 +18,8 @@ class AccuracyMetric(Metric):
     set with options is scored by `choice`. Samples without options, or without a known right one, are left out.
 
     Attributes:
-        rule: `published`: the data set's own script; LongVideoBench has none but lmms-eval's task. `lmms_eval`: the
-            task of lmms-eval. `choice`: our rule, which reads the same answers alike for every data set.
+        rule: `published`: the data set's own script; for LongVideoBench, which has none, lmms-eval's task. `lmms_eval`:
+            the task of lmms-eval. `choice`: our own rule, which is the same for every data set.
     """
 
     name = "accuracy"

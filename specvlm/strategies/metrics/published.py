@@ -1,4 +1,4 @@
-"""Scoring rules of published scripts for multiple choice, written anew from the scripts named in SOURCES.
+"""Scoring rules of published scripts for multiple choice, reimplemented from the scripts named in SOURCES.
 
 Each rule gives 1 for a right answer and 0 for a wrong one, or None if the script leaves the answer out of its mean.
 Rules keep the quirks of their scripts, so that scores compare with published ones. They need `Answer.letter`.
@@ -19,10 +19,10 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def mvbench(answer: Answer) -> float:
-    """MVBench: the first word of the first line and "(a)", whichever contains the other.
+    """MVBench: an answer is right if its first word contains the letter as in "(a)", or is a part of it.
 
-    The script has the model go on from "Best option:(", which counts as part of the answer. Dots are dropped. So an
-    empty answer is right, as "(" is part of every option.
+    The script has the model continue from "Best option:(", and the "(" counts as part of the answer. Dots are dropped.
+    So an empty answer is right, since "(" is part of every option.
     """
     right = f"({_last_letter(answer)})".lower()
     line = "(" + answer.text.strip().removeprefix("(").strip().split("\n")[0]
@@ -31,13 +31,13 @@ def mvbench(answer: Answer) -> float:
 
 
 def mlvu(answer: Answer) -> float:
-    """MLVU: the text before the first ")" is the letter. The script has the model go on from "Best option:("."""
+    """MLVU: the text before the first ")" is the letter. The script has the model continue from "Best option:("."""
     text = answer.text.strip().removeprefix("(").strip()
     return float(text.partition(")")[0] == _last_letter(answer))
 
 
 def video_mme(answer: Answer) -> float | None:
-    """Video-MME: the first capital A to D behind PREFIXES. An answer without one is not counted."""
+    """Video-MME: the first capital A to D after PREFIXES. An answer without one is not counted."""
     found = _first_capital(answer.text, "ABCD", VIDEO_MME_PREFIXES)
     return None if found is None else float(found == answer.letter)
 
@@ -48,7 +48,7 @@ def video_mme_all(answer: Answer) -> float:
 
 
 def long_video_bench(answer: Answer) -> float:
-    """LongVideoBench: the first capital A to E behind OTHER_PREFIXES.
+    """LongVideoBench: the first capital A to E after OTHER_PREFIXES.
 
     The script draws an option for an answer without one. Here such an answer gets the mean of all draws.
     """
@@ -71,7 +71,7 @@ def mvbench_lmms_eval(answer: Answer) -> float | None:
 
 
 def choice(answer: Answer) -> float:
-    """Our own rule, for other data sets: a letter at the start, a letter behind "answer", or the text of one option.
+    """Our own rule, for other data sets: a letter at the start, a letter after "answer", or the text of one option.
 
     "B", "(B)", "B. text", "B) text", "The answer is (B)." and "text" all choose option B. Anything else is wrong, such
     as "A dog runs" and an answer with the texts of two options.
@@ -85,7 +85,7 @@ def choice(answer: Answer) -> float:
 
 
 def _named(text: str, options: Sequence[str]) -> set[str]:
-    """Options whose text stands in the answer as words of its own; of "red" and "dark red", the longer one counts."""
+    """Options whose text occurs in the answer as whole words. Of "red" and "dark red", only the longer one counts."""
     rest, found = text.casefold(), set[str]()
     for option in sorted(set(options), key=len, reverse=True):
         words = option.strip().rstrip(".").casefold()

@@ -14,8 +14,8 @@ from specvlm.strategies.metric import Answer, Metric
 class RougeLMetric(Metric):
     """F-measure of the longest common subsequence with the reference: ROUGE-L, for captions.
 
-    Computed by rouge-score, which `pip install 'specvlm[metrics]'` brings: its `rougeL` over whole answers, with words
-    of ASCII letters and digits only.
+    Computed by rouge-score (`pip install 'specvlm[metrics]'`): its `rougeL` over whole answers, with words of ASCII
+    letters and digits only.
 
     Attributes:
         stem: Whether words are compared by their stems (Porter), as in "run" and "running".

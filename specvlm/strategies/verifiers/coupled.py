@@ -22,7 +22,7 @@ class CoupledVerifier(SamplingVerifier):
     The noise of a token is a function of the request's seed, the token's index in the answer and its id. A sum of logit
     and Gumbel noise is largest for token x with probability p(x), so each token has the distribution p, warped by
     temperature, top_k and top_p. Given the seed the choice is fixed: guesses are accepted where they equal it, as in
-    `greedy`. So the output is the very sequence that the target alone samples with this seed, whatever the pruner,
+    `greedy`. So the output is exactly the sequence that the target alone samples with this seed, with any pruner,
     ratio, drafter and tree. A run with a baseline compares the two.
 
     Built-in drafters that run a model rank guesses by that model's logits plus the same noise, unless set otherwise.

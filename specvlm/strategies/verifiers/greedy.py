@@ -56,7 +56,7 @@ def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
     """Find the deepest node that is reached by following the target's choices from the root.
 
     Args:
-        ctx: The tree, and as tables None or those of `GreedyVerifier.tables`, perhaps followed by others.
+        ctx: The tree. Its tables are None or start with those of `GreedyVerifier.tables`.
         best_M: (M,) the target's choice of the token after each node.
 
     Returns:

@@ -39,7 +39,7 @@ class SamplingVerifier(Verifier):
     here. Deviations: none.
 
     Cost: all nodes are decided at once in float64: a few passes over (M, V), and one more over the siblings per trial.
-    Two uniform numbers per node are drawn on the generator's device, whatever the outcome, and moved to the logits.
+    Two uniform numbers per node are drawn on the generator's device, for any outcome, and moved to the logits.
     Limits: a seed may give different output on two devices.
 
     Attributes:
@@ -62,7 +62,7 @@ class SamplingVerifier(Verifier):
 
     def __post_init__(self) -> None:
         if self.temperature == 0:
-            raise ValueError("temperature 0 takes the best token always: use verifier=greedy")
+            raise ValueError("temperature 0 always takes the best token: use verifier=greedy")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
         if self.top_k < 0:
@@ -128,7 +128,7 @@ def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
-    # Sum q anew: once all tokens are removed the sum is exactly 0, and x was not drawn from q.
+    # Sum q again: once all tokens are removed the sum is exactly 0, and x was not drawn from q.
     return torch.where(q_nV.gather(-1, x_n1) > 0, q_nV / q_nV.sum(-1, keepdim=True), point_nV)
 
 
