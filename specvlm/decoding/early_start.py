@@ -80,8 +80,9 @@ class Ahead:
 class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
     """Starts a request's draft. What has not been done early is done when its session starts.
 
-    The tokens that the pruner keeps are those that it would keep afterwards. Video features are those of all frames if
-    they are computed before the pruner has chosen, else those of frames with kept tokens.
+    The tokens that the pruner keeps are those that it would keep afterwards, but for the rounding of signals of first
+    layers on an exact engine, which runs the text in another way. Video features are those of all frames if they are
+    computed before the pruner has chosen, else those of frames with kept tokens.
 
     Attributes:
         selection: Chooses the tokens to keep.
@@ -130,18 +131,20 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
 
     # ---- beside the target's prefill
 
-    def beside(self, passing: Pauses[T], ahead: Ahead, inner: DraftPrefill, whole: bool) -> Pauses[T]:
+    def beside(self, passing: Pauses[T], ahead: Ahead, inner: DraftPrefill, rounds: bool) -> Pauses[T]:
         """Run the target's prefill, and start the draft once the video's last layer is queued.
 
         Args:
             passing: The prefill, from its first layer on.
             ahead: What it works on.
             inner: Computes the draft's features and rows.
-            whole: Whether the features of all frames may be computed for a choice that is not known yet.
+            rounds: Whether results may be rounded in another way than where the videos are known. If not, features of
+                all frames are not computed for a choice that is not known yet, and no layer runs ahead for signals.
         """
         target, queued = self.selection.target, None
         self._inner, self._target_ND = inner, ahead.features_ND
-        self._all = whole and not (self._early and self._at_once)
+        self._early = self._early and (rounds or not self._layers)
+        self._all = rounds and not (self._early and self._at_once)
         if self._early:
             self._collector, self._can_choose = self._own_collector(ahead), not self._layers
             self._ready = None if self._at_once else Mark(target.device)
