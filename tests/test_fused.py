@@ -208,6 +208,33 @@ def test_other_activations_more_parts_and_other_peoples_forwards_stay():
     assert vars(hooked)["forward"] is own
 
 
+class Unsized(nn.Module):
+    """A linear layer that does not tell its size."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("language_model.layers.0.mlp", "gate_proj"),
+        ("language_model.layers.0.self_attn", "q_proj"),
+        ("visual.blocks.0.attn", "qkv"),
+    ],
+)
+def test_a_module_whose_linear_layers_do_not_tell_their_size_stays(name, part):
+    lm = tiny.wrapped(copy.deepcopy(tiny.model("qwen2_5_vl").hf))
+    module = lm.hf.model.get_submodule(name)
+    setattr(module, part, Unsized(getattr(module, part)))
+    found = in_form(Forms(lm.hf, lm.axes, plain_forms))
+    assert found and module not in found
+
+
 def test_a_model_whose_rotary_positions_cannot_be_computed_alone_stays_as_it_is(monkeypatch):
     lm = tiny.wrapped(copy.deepcopy(tiny.model("qwen2_5_vl").hf))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from threading import Lock
 from typing import Any
@@ -122,14 +122,15 @@ def _tried(modules: Sequence[nn.Module], angles: Sequence[Tensor], ops: Any) -> 
     for module in reversed(modules):
         if "forward" in vars(module):  # a hook of accelerate's
             continue
-        form = form_of(module, ops)
-        if form is not None and _same(module, form, angles, Fused(found)):
-            found.append((module, form.forward))
+        with suppress(Exception):  # a module of another kind, whose parts only have the same names
+            form = form_of(module, ops)
+            if form is not None and _same(module, form, angles, Fused(found)):
+                found.append((module, form.forward))
     return found
 
 
 def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused) -> bool:
-    """Whether a module's fused form, with those of its parts, computes what the module does."""
+    """Whether a module's fused form, with those of its parts, computes what the module does. Raises what either raises."""
     device = next(chain(module.parameters(), module.buffers())).device  # quantised layers have no parameters
     rows = _random(ROWS, form.width).to(device, angles[0].dtype)
     given: dict[str, Any] = {}
@@ -139,14 +140,11 @@ def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused)
     elif form.place == "vision":
         turns = _random(ROWS, form.head // 2).to(device).repeat(1, 2)
         given = {"cu_seqlens": torch.tensor([0, ROWS], dtype=torch.int32), "position_embeddings": (turns.cos(), turns.sin())}
-    try:
-        want = first(module(rows, **given))
-        with parts:
-            ours = first(form.forward(rows, **given))
-        same = ours.shape == want.shape and ours.dtype == want.dtype
-        return same and bool((ours.double() - want.double()).norm() <= NEAR * want.double().norm())
-    except Exception:  # a module of another kind, whose parts only have the same names
-        return False
+    want = first(module(rows, **given))
+    with parts:
+        ours = first(form.forward(rows, **given))
+    same = ours.shape == want.shape and ours.dtype == want.dtype
+    return same and bool((ours.double() - want.double()).norm() <= NEAR * want.double().norm())
 
 
 def _angles(text: Any, axes: int) -> Sequence[Tensor]:
