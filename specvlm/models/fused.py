@@ -91,9 +91,14 @@ class Forms:
         return self._parts.get(module) or nullcontext()
 
     @property
+    def forwards(self) -> dict[nn.Module, Forward]:
+        """The fused form of each module that has one."""
+        return {module: forward for part in self._parts.values() for module, forward in part.forwards}
+
+    @property
     def counts(self) -> Counter[str]:
         """Number of modules that have a fused form, by the name of their class."""
-        return Counter(type(module).__name__ for part in self._parts.values() for module, _ in part.forwards)
+        return Counter(type(module).__name__ for module in self.forwards)
 
 
 HUGGING_FACE = Forms()  # leaves every module as it is
