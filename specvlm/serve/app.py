@@ -44,8 +44,10 @@ class Answering(Protocol):
         draining: Whether nobody is let in any more.
     """
 
-    settings: Settings
     model: str
+
+    @property
+    def settings(self) -> Settings: ...
 
     @property
     def draining(self) -> bool: ...

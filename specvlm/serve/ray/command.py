@@ -13,7 +13,14 @@ from specvlm.serve.command import EXTRA, check, name_of, require, show, understo
 if TYPE_CHECKING:
     from specvlm.serve.ray.settings import RaySettings
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_DEDUP_LOGS": "0"}
+# Variables that Ray reads: report nothing, print only what replicas print, and let them run as fast as other programs.
+SET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+}
 PAGE = """
 `python -m specvlm.serve.ray`: answer OpenAI's chat completions by several replicas of a pair, on Ray Serve.
 
@@ -37,7 +44,7 @@ def set_up(settings: RaySettings) -> None:
     A cluster of our own takes commands only from processes that know its token: Ray runs any code that it is sent.
     Nothing is reported to Ray's makers.
     """
-    for name, value in QUIET.items():
+    for name, value in SET.items():
         os.environ.setdefault(name, value)
     if settings.address is None and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

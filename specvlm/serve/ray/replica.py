@@ -15,7 +15,7 @@ from specvlm.errors import UserError, message
 from specvlm.serve.body import Message
 from specvlm.serve.settings import Settings
 
-SCOPE: Message = {
+SCOPE: dict[str, Any] = {
     "type": "http",
     "asgi": {"version": "3.0"},
     "http_version": "1.1",
