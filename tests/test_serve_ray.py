@@ -201,11 +201,15 @@ def test_other_bodies_than_json_and_large_ones_are_refused():
 
 def test_what_the_drafter_saw_is_asked_of_the_replica_that_answered():
     async def go():
-        front = Front(Fakes(["r1", *STREAM]))
-        await front.ask()
+        front = Front(Fakes(["r1", START, WORDS[0], None]))
+        work = asyncio.ensure_future(front.ask())  # a page asks while the answer still comes
+        while not front.got:
+            await asyncio.sleep(0)
         want = {"name": "chatcmpl-1", "key": video_key(body_of(video("file:///a.mp4")))}
         assert await front.chat.view("chatcmpl-1") == want
         assert await front.chat.view("chatcmpl-2") is None
+        front.gone.set()
+        await work
 
     asyncio.run(go())
 

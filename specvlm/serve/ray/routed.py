@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from hashlib import sha256
 from time import monotonic
 from typing import Any, Protocol
@@ -124,13 +125,12 @@ class RoutedChat:
         """Send a request to a replica; to another one if that ends before the answer has begun."""
         begin = monotonic()
         for _ in range(1 + self.settings.retries):
-            passed = Passed(send, self.settings.write_timeout)
+            passed = Passed(send, self.settings.write_timeout, partial(self._remember, key))
             try:
                 async with aclosing(self._replicas.answer(raw, key, monotonic() - begin)) as messages:
                     await self._taken(messages, passed, begin + self.settings.queue_timeout)
                     async for one in messages:
                         await passed(one)
-                self._remember(passed.name, key)
                 return
             except Lost:
                 if not passed.begun:
@@ -156,7 +156,8 @@ class RoutedChat:
         except TimeoutError:
             raise busy("the request did not start in time: try again later", self.admission.retry_after) from None
 
-    def _remember(self, name: str, key: str | None) -> None:
+    def _remember(self, key: str | None, name: str) -> None:
+        """Remember the key of a request by the name of its answer."""
         self._keys[name] = key
         while len(self._keys) > VIEWS:
             self._keys.popitem(last=False)
@@ -197,22 +198,23 @@ class Passed:
     Args:
         send: Writes to the client.
         seconds: Time in which a client must read.
+        started: Called with the name of the answer before its first word is written.
 
     Attributes:
         replica: Name of the replica.
-        name: Name of the answer.
         begun: Whether anything was written.
     """
 
-    def __init__(self, send: Send, seconds: float) -> None:
-        self._send, self._seconds, self._start = send, seconds, dict[str, Any]()
-        self.replica, self.name, self.begun = "", "", False
+    def __init__(self, send: Send, seconds: float, started: Callable[[str], None]) -> None:
+        self._send, self._seconds, self._started, self._start = send, seconds, started, dict[str, Any]()
+        self.replica, self.begun = "", False
 
     async def __call__(self, message: Message) -> None:
         """Pass a message on. Raises SlowReader if the client does not read."""
         if message["type"] == "http.response.start":
             self._start = dict(message) | {"headers": [*message["headers"], (REPLICA, self.replica.encode())]}
-            self.name = dict(message["headers"]).get(b"x-request-id", b"").decode()
+            if name := dict(message["headers"]).get(b"x-request-id"):
+                self._started(name.decode())
             return
         if not self.begun:
             self.begun = True
