@@ -534,8 +534,8 @@ def test_jobs_on_a_ray_cluster_make_the_table_of_one_process_and_resume():
 def test_one_line_says_how_to_install_the_launcher_of_ray(monkeypatch, capsys):
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     assert sweep("pruner=uniform,random", "hydra/launcher=ray") == 2
-    told = 'specvlm: hydra/launcher=ray is not installed: pip install "specvlm[ray]", then pip install --no-deps hydra-ray-launcher'
-    assert capsys.readouterr().err.strip() == told and not Path("sweep").exists()
+    how = 'pip install "specvlm[ray]", then pip install --no-deps hydra-ray-launcher'
+    assert capsys.readouterr().err == f"specvlm: hydra/launcher=ray is not installed: {how}\n" and not Path("sweep").exists()
 
 
 @pytest.mark.slow
