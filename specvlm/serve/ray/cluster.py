@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,6 +28,7 @@ from specvlm.serve.ray.settings import RaySettings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 HEALTH_S = 1.0  # seconds between two looks at a replica
+LOGGED = {"log_level": "ERROR", "enable_access_log": False}  # of Ray Serve's own lines
 KNOWN_S = 1.0  # seconds for which the number of replicas is not asked for again
 
 
@@ -50,7 +52,7 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         raise UserError(f"no Ray cluster {where} ({first_line(error)})") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(proxy_location="Disabled")  # our own server has bounds on clients
+        serve.start(proxy_location="Disabled", logging_config=LOGGED)  # our own server has bounds on clients
         yield
     finally:
         ray.shutdown()
@@ -75,15 +77,23 @@ def deployed(cfg: RunConfig, settings: RaySettings, model: str, folder: str) -> 
     check_room(settings, options)
     bound = serve.deployment(Replica, **options).bind(cfg, settings, model, folder)
     try:
-        handle = serve.run(bound, name=settings.app, route_prefix=None)
-        found = RayReplicas(handle, settings.app)
-        if problem := found.problem():
-            raise UserError(problem)
-        yield found
+        yield RayReplicas(_run(bound, settings.app), settings.app)
     finally:
         if settings.address is not None:  # our own cluster ends as a whole
             with suppress(RayError, TimeoutError):
                 serve.delete(settings.app)
+
+
+def _run(bound: serve.Application, app: str) -> DeploymentHandle[Any]:
+    """Start the replicas and wait until they run. Raises UserError for what a replica says of its configuration."""
+    try:
+        return serve.run(bound, name=app, route_prefix=None)
+    except RuntimeError:
+        deployments = serve.status().applications[app].deployments.values()
+        told = [text for one in deployments for text in re.findall(r"^specvlm\.errors\.UserError: (.+)$", one.message, re.M)]
+        if not told:
+            raise
+        raise UserError(told[-1]) from None
 
 
 def gpus_of(cfg: RunConfig, settings: RaySettings) -> float:
@@ -119,7 +129,8 @@ def deployment_options(settings: RaySettings, gpus: float) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         "graceful_shutdown_timeout_s": settings.shutdown_timeout,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "max_constructor_retry_count": 3,
+        "max_constructor_retry_count": 1,
+        "logging_config": LOGGED,
     }
 
 
@@ -144,10 +155,6 @@ class RayReplicas:
     def __init__(self, handle: DeploymentHandle[Any], app: str) -> None:
         self._handle, self._app, self._known = handle, app, (-KNOWN_S, 0)
         self._answer = handle.options(method_name="answer", stream=True)
-
-    def problem(self) -> str:
-        """Tell why a replica cannot answer; empty if all can."""
-        return next(filter(None, self._handle.broadcast("problem").results(timeout_s=60)), "")
 
     async def answer(self, raw: bytes, key: str | None, waited_s: float) -> AsyncGenerator[Any, None]:
         """Send a request to a replica, see `Replicas.answer`."""

@@ -11,7 +11,6 @@ from typing import Any
 from ray import serve
 
 from specvlm.config import RunConfig
-from specvlm.errors import UserError, message
 from specvlm.serve.body import Message
 from specvlm.serve.settings import Settings
 
@@ -29,8 +28,6 @@ SCOPE: dict[str, Any] = {
 class Replica:
     """Answers requests by the endpoint of a server of its own. Ray makes one in each of its processes.
 
-    A configuration that cannot be used is told to who asks for `problem`: Ray itself would only try again.
-
     Args:
         cfg: The pair and its defaults.
         settings: Limits of requests.
@@ -41,22 +38,10 @@ class Replica:
     def __init__(self, cfg: RunConfig, settings: Settings, model: str, folder: str) -> None:
         from specvlm.serve.command import endpoint
 
-        self._name, self._problem = serve.get_replica_context().replica_id.unique_id, ""
+        self._name = serve.get_replica_context().replica_id.unique_id
         with suppress(OSError):  # other machines need not have it
             os.chdir(folder)
-        try:
-            self._chat = endpoint(cfg, settings, model)
-        except UserError as error:
-            self._problem = message(error)
-
-    async def problem(self) -> str:
-        """Tell why nothing can be answered; empty if all is well."""
-        return self._problem
-
-    def check_health(self) -> None:
-        """Raise an error if nothing can be answered. Ray then starts another replica instead."""
-        if self._problem:
-            raise RuntimeError(self._problem)
+        self._chat = endpoint(cfg, settings, model)
 
     async def answer(self, raw: bytes, waited_s: float) -> AsyncIterator[Any]:
         """Answer a request.
