@@ -8,7 +8,8 @@ import json
 import pytest
 
 from specvlm.errors import UserError
-from specvlm.serve.ray import command
+from specvlm.serve.errors import ApiError
+from specvlm.serve.ray import command, routed
 from specvlm.serve.ray.numbers import merged
 from specvlm.serve.ray.routed import Lost, RoutedChat, video_key
 from specvlm.serve.ray.settings import HELP_OF_REPLICAS, RaySettings
@@ -50,6 +51,10 @@ class Fakes:
 
     async def view(self, name, key):
         return {"name": name, "key": key}
+
+    async def defaults(self):
+        self.asked += 1
+        return await self.plays[self.asked - 1]()
 
     async def running(self):
         return len(self.plays)
@@ -211,6 +216,28 @@ def test_what_the_drafter_saw_is_asked_of_the_replica_that_answered():
         front.gone.set()
         await work
 
+    asyncio.run(go())
+
+
+def test_a_page_that_asks_while_replicas_are_full_or_end_gets_an_error_and_else_asks_once(monkeypatch):
+    async def full():
+        await asyncio.Event().wait()
+
+    async def lost():
+        raise Lost
+
+    async def found():
+        return {"ratio": 0.9}
+
+    async def go():
+        front = Front(Fakes(full, lost, found))
+        for code in ("busy", "replica_lost"):
+            with pytest.raises(ApiError) as error:
+                await front.chat.defaults()
+            assert error.value.code == code
+        assert [await front.chat.defaults() for _ in range(2)] == [{"ratio": 0.9}] * 2 and front.fakes.asked == 3
+
+    monkeypatch.setattr(routed, "SOON_S", 0.05)
     asyncio.run(go())
 
 

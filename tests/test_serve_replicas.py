@@ -16,7 +16,12 @@ import pytest
 from serving import PATH, body, events_of, text_of, until
 from session_pairs import session
 
-pytest.importorskip("ray", reason="needs pip install 'specvlm[ray]'")
+serve = pytest.importorskip("ray.serve", reason="needs pip install 'specvlm[ray]'")
+
+from specvlm.serve.ray.cluster import deployment_options  # noqa: E402
+from specvlm.serve.ray.replica import Replica  # noqa: E402
+from specvlm.serve.ray.settings import RaySettings  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 VIDEOS = ("synthetic_1", "synthetic_2", "synthetic_3", "synthetic_4")
@@ -93,6 +98,30 @@ def want():
     """What the pair answers alone."""
     given = {"frames": 4, "max_new_tokens": TOKENS}
     return {(v, q): session().generate(q, videos=v, **given).text for v in VIDEOS for q in QUESTIONS}
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "scaled"),
+    [
+        (["replicas=3", "running=8"], 3, None),
+        (["replicas=1", "max_replicas=4", "running=8", "downscale_delay=60"], None, (1, 4, 4.0, 60.0)),
+        (["replicas=2", "max_replicas=2", "target_requests=6"], None, (2, 2, 6.0, 600.0)),
+    ],
+)
+def test_ray_is_told_how_many_replicas_there_are_and_how_requests_go_to_them(words, count, scaled):
+    settings = RaySettings.of_words(words)
+    made = serve.deployment(Replica, **deployment_options(settings, 0.5))
+    config = made._deployment_config
+    assert config.max_ongoing_requests == settings.running and made.ray_actor_options["num_gpus"] == 0.5
+    router = config.request_router_config
+    assert router.get_request_router_class().__name__ == "ConsistentHashRouter"
+    assert router.request_router_kwargs == {"num_fallback_replicas": settings.most_replicas}
+    if scaled is None:
+        assert config.num_replicas == count and config.autoscaling_config is None
+    else:
+        found = config.autoscaling_config
+        keys = ("min_replicas", "max_replicas", "target_ongoing_requests", "downscale_delay_s")
+        assert tuple(getattr(found, key) for key in keys) == scaled
 
 
 def words_of(answer):

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from specvlm.config import RunConfig
 from specvlm.errors import UserError, first_line
 from specvlm.serve.ray.replica import Replica
-from specvlm.serve.ray.routed import Lost
+from specvlm.serve.ray.routed import SOON_S, Lost
 from specvlm.serve.ray.settings import RaySettings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -161,31 +161,31 @@ class RayReplicas:
         handle = self._answer if key is None else self._answer.options(session_id=key)
         response, ended = handle.remote(raw, waited_s), False
         try:
-            async for one in response:
-                yield one
+            with _losing():
+                async for one in response:
+                    yield one
             ended = True
-        except RayTaskError:
-            raise  # the replica runs; what it did has failed
-        except (RayError, DeploymentUnavailableError) as error:
-            raise Lost from error
         finally:
             if not ended:
                 response.cancel()
 
     async def defaults(self) -> dict[str, Any]:
         """Options of a request that sets none."""
-        return dict(await self._handle.options(method_name="defaults").remote())
+        with _losing():
+            return dict(await self._handle.options(method_name="defaults").remote())
 
     async def view(self, name: str, key: str | None) -> dict[str, Any] | None:
         """What the drafter saw for an answer to a request with this key."""
         handle = self._handle.options(method_name="view")
-        found = await (handle if key is None else handle.options(session_id=key)).remote(name)
-        return None if found is None else dict(found)
+        with _losing():
+            found = await (handle if key is None else handle.options(session_id=key)).remote(name)
+            return None if found is None else dict(found)
 
     async def numbers(self) -> dict[str, bytes]:
         """Numbers of each replica by its name."""
         response = self._handle.broadcast("numbers")
-        return dict(await asyncio.to_thread(partial(response.results, timeout_s=10)))
+        with _losing():
+            return dict(await asyncio.to_thread(partial(response.results, timeout_s=SOON_S)))
 
     async def running(self) -> int:
         """Number of replicas that run. It is asked for at most once in `KNOWN_S`."""
@@ -197,3 +197,14 @@ class RayReplicas:
         app = serve.status().applications.get(self._app)
         states = [] if app is None else [one.replica_states for one in app.deployments.values()]
         return sum(count for one in states for state, count in one.items() if str(getattr(state, "value", state)) == "RUNNING")
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    """Turn errors of Ray that say that a replica has ended into Lost. Those of what a replica did stay as they are."""
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except (RayError, DeploymentUnavailableError) as error:
+        raise Lost from error

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from ray import serve
 
 from specvlm.config import RunConfig
 from specvlm.serve.body import Message
+from specvlm.serve.command import endpoint
 from specvlm.serve.settings import Settings
 
 SCOPE: dict[str, Any] = {
@@ -36,11 +38,11 @@ class Replica:
     """
 
     def __init__(self, cfg: RunConfig, settings: Settings, model: str, folder: str) -> None:
-        from specvlm.serve.command import endpoint
-
         self._name = serve.get_replica_context().replica_id.unique_id
         with suppress(OSError):  # other machines need not have it
             os.chdir(folder)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
         self._chat = endpoint(cfg, settings, model)
 
     async def answer(self, raw: bytes, waited_s: float) -> AsyncIterator[Any]:

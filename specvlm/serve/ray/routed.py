@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from hashlib import sha256
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import Headers
 
@@ -24,6 +24,8 @@ from specvlm.serve.ray.settings import RaySettings
 from specvlm.serve.settings import MIB
 from specvlm.serve.wire import event
 
+T = TypeVar("T")
+SOON_S = 10.0  # seconds that a question beside answers may take
 VIEWS = 1024  # answers whose replica is remembered, for the frames that its drafter saw
 REPLICA = b"x-specvlm-replica"  # header that names the replica of an answer
 
@@ -33,7 +35,7 @@ class Lost(Exception):
 
 
 class Replicas(Protocol):
-    """Replicas that answer requests."""
+    """Replicas that answer requests. All methods raise Lost if a replica ends meanwhile."""
 
     def answer(self, raw: bytes, key: str | None, waited_s: float) -> AsyncGenerator[Any, None]:
         """Send a request to a replica. Closing the iterator ends the request.
@@ -83,7 +85,7 @@ class RoutedChat:
         self._keys: OrderedDict[str, str | None] = OrderedDict()  # of requests, by the names of their answers
         self._parser = ThreadPoolExecutor(1, "specvlm-key")  # one large body at a time
         self._running: set[asyncio.Task[None]] = set()
-        self._cut_off = False
+        self._cut_off, self._defaults = False, dict[str, Any]()
 
     @property
     def draining(self) -> bool:
@@ -163,16 +165,17 @@ class RoutedChat:
             self._keys.popitem(last=False)
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
-        return await self._replicas.defaults()
+        """Options of a request that sets none; they are the same for all replicas."""
+        self._defaults = self._defaults or await _soon(self._replicas.defaults())
+        return self._defaults
 
     async def view(self, name: str) -> dict[str, Any] | None:
         """What the drafter saw for the answer of this name, if its replica still keeps that."""
-        return await self._replicas.view(name, self._keys[name]) if name in self._keys else None
+        return await _soon(self._replicas.view(name, self._keys[name])) if name in self._keys else None
 
     async def numbers(self) -> bytes:
         """All numbers of all replicas, as Prometheus reads them."""
-        return merged(await self._replicas.numbers())
+        return merged(await _soon(self._replicas.numbers()))
 
     async def is_ready(self) -> bool:
         """Whether a replica runs."""
@@ -245,6 +248,17 @@ def _url(part: Any) -> str | None:
     given = part.get("video_url", part.get("image_url"))
     found = given.get("url") if isinstance(given, Mapping) else given
     return found if isinstance(found, str) else None
+
+
+async def _soon(asked: Awaitable[T]) -> T:
+    """Wait for what replicas are asked beside answers. Raises ApiError if they are full, or one ends meanwhile."""
+    try:
+        async with asyncio.timeout(SOON_S):
+            return await asked
+    except TimeoutError:
+        raise busy("all replicas are full: try again later", 5) from None
+    except Lost:
+        raise _lost() from None
 
 
 def _lost() -> ApiError:
