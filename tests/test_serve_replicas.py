@@ -50,7 +50,7 @@ class Cluster:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def replicas(self):
-        return [one for one in self.processes if one.status() != "zombie" and one.name().startswith("ray::ServeRepli")]
+        return [one for one in self.processes if is_alive(one, "ray::ServeRepli")]
 
     def number(self, name):
         """Sum of a number of `/metrics` over the replicas."""
@@ -64,7 +64,7 @@ class Cluster:
         self.process.terminate()
         code = self.process.wait(60)
         _, left = psutil.wait_procs(others, 10)
-        return code, [one for one in left if one.status() != "zombie"]
+        return code, [one for one in left if is_alive(one)]
 
     def kill(self):
         """End what is left of the session that was started here."""
@@ -73,6 +73,14 @@ class Cluster:
             one.kill()
         self.process.kill()
         self.process.wait()
+
+
+def is_alive(process, name=""):
+    """Whether a process with a name that begins like this runs. It may end at any moment."""
+    try:
+        return process.status() != "zombie" and process.name().startswith(name)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _session_of(process):
