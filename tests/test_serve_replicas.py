@@ -18,6 +18,8 @@ from session_pairs import session
 
 serve = pytest.importorskip("ray.serve", reason="needs pip install 'specvlm[ray]'")
 
+from specvlm.errors import UserError  # noqa: E402
+from specvlm.serve.ray.cluster import cluster as joined  # noqa: E402
 from specvlm.serve.ray.cluster import deployment_options  # noqa: E402
 from specvlm.serve.ray.replica import Replica  # noqa: E402
 from specvlm.serve.ray.settings import RaySettings  # noqa: E402
@@ -130,6 +132,12 @@ def test_ray_is_told_how_many_replicas_there_are_and_how_requests_go_to_them(wor
         found = config.autoscaling_config
         keys = ("min_replicas", "max_replicas", "target_ongoing_requests", "downscale_delay_s")
         assert tuple(getattr(found, key) for key in keys) == scaled
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999999"])
+def test_a_cluster_that_is_not_there_is_told_at_once(address):
+    with pytest.raises(UserError, match=f"no Ray cluster at address={address}"), joined(RaySettings(address=address)):
+        pass
 
 
 def words_of(answer):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import socket
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -27,6 +28,7 @@ from specvlm.serve.ray.routed import SOON_S, Lost
 from specvlm.serve.ray.settings import RaySettings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+CONNECT_S = 10.0  # seconds that the cluster's first node may take to answer
 HEALTH_S = 1.0  # seconds between two looks at a replica
 LOGGED = {"log_level": "ERROR", "enable_access_log": False}  # of Ray Serve's own lines
 KNOWN_S = 1.0  # seconds for which the number of replicas is not asked for again
@@ -45,9 +47,10 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         given |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     else:
         given |= {"address": settings.address}
+        _check_there(settings.address)
     try:
         ray.init(**given)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         where = "here" if settings.address is None else f"at address={settings.address}"
         raise UserError(f"no Ray cluster {where} ({first_line(error)})") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -56,6 +59,17 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_there(address: str) -> None:
+    """Raise UserError if nobody listens at HOST:PORT: Ray itself would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # auto, or what Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at address={address} ({first_line(error)})") from None
 
 
 @contextmanager
