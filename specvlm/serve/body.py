@@ -73,7 +73,7 @@ class Body:
 
 
 def check_type(headers: Headers) -> None:
-    """Refuse other bodies than JSON: pages of other sites can send those without asking the browser."""
+    """Refuse a body that is not JSON, since pages of other sites can send such bodies without a CORS check."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
@@ -93,12 +93,12 @@ def abort(scope: Message) -> None:
     scope.get("state", {}).get("abort", bool)()
 
 
-async def until_gone(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Answer a request whose body was read, unless its client goes before the end.
+async def until_disconnected(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Answer a request whose body was read, unless its client disconnects.
 
-    Raises what ends the answer; Gone if the client leaves.
+    Raises the error that ends the answer; Gone if the client disconnects.
     """
-    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(receive))
+    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if work.done():
@@ -112,7 +112,7 @@ async def until_gone(answer: Coroutine[Any, Any, None], receive: Receive) -> Non
             await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 
 from specvlm.errors import OutOfMemory, StrategyError, UserError, message, one_line
 from specvlm.serve.admission import Admission
-from specvlm.serve.body import Body, Gone, Message, Receive, Send, SlowReader, abort, check_type, sent, until_gone
+from specvlm.serve.body import Body, Gone, Message, Receive, Send, SlowReader, abort, check_type, sent, until_disconnected
 from specvlm.serve.chat_request import ChatRequest, chat_request
 from specvlm.serve.errors import DRAINING, FAULT, ApiError, bad, busy
 from specvlm.serve.generation import Ended, Event, Failed, Generation, Round, Threads
@@ -72,7 +72,7 @@ class Chat:
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; there is {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
-            await until_gone(Answer(self, request, arrival, send, scope).run(body), receive)
+            await until_disconnected(Answer(self, request, arrival, send, scope).run(body), receive)
         except ApiError as error:
             self.metrics.answered(error.status)
             await error.response()(scope, receive, send)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.datastructures import Headers
 
 from specvlm.serve.admission import Admission
-from specvlm.serve.body import Body, Gone, Message, Receive, Send, SlowReader, abort, check_type, sent, until_gone
+from specvlm.serve.body import Body, Gone, Message, Receive, Send, SlowReader, abort, check_type, sent, until_disconnected
 from specvlm.serve.chat import BODIES, told_of
 from specvlm.serve.errors import DRAINING, ApiError, busy
 from specvlm.serve.ray.numbers import merged
@@ -101,7 +101,7 @@ class RoutedChat:
             check_type(headers)
             raw = await body.read(headers, receive)
             key = await asyncio.get_running_loop().run_in_executor(self._parser, video_key, raw)
-            await until_gone(self._counted(raw, key, send), receive)
+            await until_disconnected(self._counted(raw, key, send), receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
         except SlowReader:
