@@ -1,8 +1,10 @@
 """Few crossings of independent choices, for tests that would repeat themselves if they took all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 
 def covering(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -19,3 +21,34 @@ def covering(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 def _pairs(case: Sequence[int]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     return combinations(enumerate(case), 2)
+
+
+def sampled(*choices: Sequence[Any], pairs: bool = False) -> list[Any]:
+    """Return parameters of all crossings; those beyond a sample, in which each option is met, are marked exhaustive.
+
+    pairs: Not of all crossings, but of those of `covering`.
+    """
+    cases = list(covering(*(range(len(options)) for options in choices)) if pairs else product(*map(_places, choices)))
+    left = {(choice, at) for choice, options in enumerate(choices) for at in range(len(options))}
+    found = []
+    for case in _turning(cases, [len(options) for options in choices]):
+        new = left.intersection(enumerate(case))
+        left -= new
+        values = [options[at] for options, at in zip(choices, case, strict=True)]
+        found.append((case, pytest.param(*values, marks=() if new else pytest.mark.exhaustive)))
+    return [param for _, param in sorted(found, key=lambda one: cases.index(one[0]))]
+
+
+def rest(params: Iterable[Any]) -> list[Any]:
+    """Mark the parameters of a few tests that the exhaustive level alone runs."""
+    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in params]
+
+
+def _places(options: Sequence[Any]) -> range:
+    return range(len(options))
+
+
+def _turning(cases: list[tuple[int, ...]], sizes: list[int]) -> list[tuple[int, ...]]:
+    """Put the crossings first in which all choices turn together, so that few meet every option."""
+    first = [tuple(turn % size for size in sizes) for turn in range(max(sizes))]
+    return [*(case for case in first if case in cases), *(case for case in cases if case not in first)]
