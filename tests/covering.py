@@ -1,6 +1,6 @@
 """Few crossings of independent choices, for tests that would repeat themselves if they took all."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -28,7 +28,8 @@ def sampled(*choices: Sequence[Any], pairs: bool = False) -> list[Any]:
 
     pairs: Not of all crossings, but of those of `covering`.
     """
-    cases = list(covering(*(range(len(options)) for options in choices)) if pairs else product(*map(_places, choices)))
+    places = [range(len(options)) for options in choices]
+    cases = covering(*places) if pairs else list(product(*places))
     left = {(choice, at) for choice, options in enumerate(choices) for at in range(len(options))}
     found = []
     for case in _turning(cases, [len(options) for options in choices]):
@@ -39,16 +40,8 @@ def sampled(*choices: Sequence[Any], pairs: bool = False) -> list[Any]:
     return [param for _, param in sorted(found, key=lambda one: cases.index(one[0]))]
 
 
-def rest(params: Iterable[Any]) -> list[Any]:
-    """Mark the parameters of a few tests that the exhaustive level alone runs."""
-    return [pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=pytest.mark.exhaustive) for one in params]
-
-
-def _places(options: Sequence[Any]) -> range:
-    return range(len(options))
-
-
 def _turning(cases: list[tuple[int, ...]], sizes: list[int]) -> list[tuple[int, ...]]:
-    """Put the crossings first in which all choices turn together, so that few meet every option."""
-    first = [tuple(turn % size for size in sizes) for turn in range(max(sizes))]
+    """Put the crossings first in which all choices turn at once, so that few meet every option; each shifts in its own way."""
+    turned = [[(turn + choice * (turn // size)) % size for turn in range(max(sizes))] for choice, size in enumerate(sizes)]
+    first = list(zip(*turned, strict=True))
     return [*(case for case in first if case in cases), *(case for case in cases if case not in first)]

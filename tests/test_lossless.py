@@ -11,7 +11,7 @@ import tiny
 import torch
 from campaign import planted_faults
 from campaign.faults import planted
-from covering import covering
+from covering import covering, sampled
 from towers import remember_features, remember_passes
 
 from specvlm.app.console import too_many_ties
@@ -107,7 +107,9 @@ def test_autoregressive_equals_hugging_face_generate(family, request_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "pruner", "drafter"), covering(tiny.FAMILIES, PRUNERS, OF_A_PRUNED_VIEW), ids=str)
+@pytest.mark.parametrize(
+    ("family", "pruner", "drafter"), sampled(tiny.FAMILIES, PRUNERS, OF_A_PRUNED_VIEW, pairs=True), ids=str
+)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, drafter):
     for ratio in (0.5, 0.9):
         answer = tokens_of(decode(family, pruner, drafter, ratio, limit=SHORT))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from covering import sampled
 
 from specvlm.errors import UserError
 from specvlm.video import decord_process, pictures, readers
@@ -74,9 +75,10 @@ def clips(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("reader", NAMES)
-@pytest.mark.parametrize("kind", ["h264", "mkv", "avi", "varying", "late", "open_mp4", "open_mkv"])
-@pytest.mark.parametrize("count", [2, 7, 31, 90])
+@pytest.mark.parametrize(
+    ("kind", "reader", "count"),
+    sampled(["h264", "mkv", "avi", "varying", "late", "open_mp4", "open_mkv"], NAMES, [2, 7, 31, 90], pairs=True),
+)
 def test_readers_give_the_frames_asked_for(clips, kind, reader, count):
     clip = read_video(clips[kind], frames=count, reader=reader)
     assert numbers(clip.frames) == [k * 90 // count for k in range(count)]
@@ -113,8 +115,7 @@ def test_pyav_decodes_no_group_of_pictures_without_a_wanted_frame(clips, monkeyp
     assert len(decoded) <= 1 + 6
 
 
-@pytest.mark.parametrize("kind", ["h264", "mkv", "varying", "open_mp4", "open_mkv"])
-@pytest.mark.parametrize("cores", [1, 2, 7])
+@pytest.mark.parametrize(("kind", "cores"), sampled(["h264", "mkv", "varying", "open_mp4", "open_mkv"], [1, 2, 7]))
 def test_frames_are_those_of_sequential_decoding_on_any_number_of_cores(clips, kind, cores, monkeypatch):
     with av.open(str(clips[kind])) as container:
         sequential = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
