@@ -143,12 +143,8 @@ def unequal_strategies(family: str, request: str = "video", every: bool = True) 
     each with one draft, and each drafter with one ratio and position; the next family has the next of all of them.
     """
     answer, wrong, tried = answers(family)[request], [], 0
-    turn, drafts, pruners, drafters = (
-        list(family_folders.FAMILIES).index(family),
-        ("draft", "small"),
-        all_pruners(),
-        all_drafters(),
-    )
+    turn, drafts = list(family_folders.FAMILIES).index(family), ("draft", "small")
+    pruners, drafters = all_pruners(), all_drafters()
     pruned = list(product(drafts, pruners)) if every else list(zip(cycle(drafts), pruners[turn % 3 :: 3], strict=False))
     for draft, pruner in pruned:
         tokens = decode(family, request, draft, pruner, CHAINS[0], ratio=0.7)

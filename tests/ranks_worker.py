@@ -66,6 +66,7 @@ CASES = (
     ("overlap", "lone", TwoStagePruner(), OverlapDrafter("chain:4", ahead=5), GreedyVerifier()),
     ("overlap_shared", "shared", TwoStagePruner(), OverlapDrafter("2x2", ahead=2), GreedyVerifier()),
 )
+OF_ONE_ENGINE = ("self", "sparse", "prompt_lookup")
 
 
 def device() -> torch.device:
@@ -100,13 +101,9 @@ def answers(family: str, ranks: ProcessGroup, every: bool = True) -> dict[str, l
         found[f"autoregressive {name}"] = tokens_of(steps)
         turn = FAMILIES.index(family) + (engine.name == "eager")
         for number, (case, draft, pruner, drafter, verifier) in enumerate(CASES):
-            if not every and case != "sampled" and (number + turn) % 2:
+            if not every and case not in ("sampled", *OF_ONE_ENGINE) and (number + turn) % 2:
                 continue
-            if (
-                ranks.size > 1
-                and case in ("self", "sparse", "prompt_lookup")
-                and (engine.name == "eager" or family != FAMILIES[0])
-            ):
+            if ranks.size > 1 and case in OF_ONE_ENGINE and (engine.name == "eager" or family != FAMILIES[0]):
                 continue  # the same passes of the same target
             graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, GenerationOptions(ratio=0.9), engine=engine)
             steps = list(graph.decode(prompt, LIMIT))
