@@ -26,6 +26,7 @@ from specvlm.serve.settings import Keys, Settings
 from specvlm.video.clips import find_clip
 
 MODEL = "embedded:qwen2_5_vl"
+WORDS = ("port=0", "drafter.shape=chain:5", "pruner.mass=0.2")
 PATH = "/v1/chat/completions"
 FEW = {"media_io_kwargs": {"video": {"num_frames": 4}}}
 
@@ -121,7 +122,7 @@ class Process:
     """A server in a process of its own."""
 
     def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "specvlm.serve", "port=0", "drafter.shape=chain:5", "pruner.mass=0.2", *words]
+        command = [sys.executable, "-m", "specvlm.serve", *WORDS, *words]
         path = os.pathsep.join(sys.path)
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | (env or {})
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
