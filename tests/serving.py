@@ -66,7 +66,7 @@ class Live:
     def stop(self) -> None:
         self.client.close()
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(90)
         assert not self.thread.is_alive()
 
     def connect(self) -> socket.socket:
@@ -108,7 +108,7 @@ def data_url(name: str = "synthetic_1", kind: str = "video/mp4") -> str:
     return f"data:{kind};base64,{base64.b64encode(find_clip(name).read_bytes()).decode()}"
 
 
-def until(holds: Any, seconds: float = 20) -> bool:
+def until(holds: Any, seconds: float = 90) -> bool:
     """Wait until something holds; returns whether it did in time."""
     waiter = threading.Event()
     for _ in range(int(seconds / 0.02)):
