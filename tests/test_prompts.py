@@ -45,6 +45,7 @@ def spelt_out(runs: list) -> list[int]:
     return [token for run in runs for token in ([run[0]] * run[1] if isinstance(run, list) else [run])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "family"), sampled(*(sorted({case[of] for case in FROZEN}) for of in ("kind", "family"))))
 def test_prompts_equal_those_of_hugging_faces_processors(family, kind, models):
     lm, cases = models(family, kind), [case for case in FROZEN if (case["family"], case["kind"]) == (family, kind)]
