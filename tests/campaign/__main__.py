@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no campaign {unknown[0]!r}; there are {', '.join(known)}")
     found = 0
     for name in options.names or known:
-        sample = max(1, known[name].SAMPLE // 3) if options.few else known[name].SAMPLE
-        count = options.count or (sample if options.sample or options.few else known[name].COUNT)
+        module = known[name]
+        sample = getattr(module, "FEW", max(1, module.SAMPLE // 3)) if options.few else module.SAMPLE
+        count = options.count or (sample if options.sample or options.few else module.COUNT)
         found += attack(name, known[name], count, options.seed)
     return 1 if found else 0
 
