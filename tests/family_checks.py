@@ -20,6 +20,7 @@ import packages
 import pytest
 import torch
 from pristine_worker import LIMIT
+from towers import remember_features, remember_passes
 from transformers import AutoModelForImageTextToText
 
 from specvlm import custom_generate, load_pair
@@ -59,7 +60,8 @@ def folder(family: str) -> Path:
 
 @cache
 def model(family: str, name: str = "target") -> VideoLM:
-    return load(folder(family) / name, "float32")
+    """Load a model that encodes each video once, and prefills each prompt and pruned view once."""
+    return remember_passes(remember_features(load(folder(family) / name, "float32")), least=9)
 
 
 def clip(count: int, height: int, width: int, fps: float) -> Clip:
