@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from sweeping import ASK, end, finished, install, jobs, start, table, uninstall, untimed, videos
+from towers import videos_encoded_once
 
 from specvlm import load
 from specvlm.__main__ import main
@@ -46,6 +47,12 @@ THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
 WHOLE = (TWO, "dataset.scenes=3")  # which several tests compare with, as `whole` leaves it
 TINY = [*ASK, "dataset.scenes=1", "max_new_tokens=3"]
 PLAIN = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def videos_once():
+    with videos_encoded_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

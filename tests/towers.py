@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from specvlm.app import model_cache
+from specvlm.app.baselines import fingerprint
 from specvlm.models.pauses import Pause
 from specvlm.models.video_lm import VideoLM
+from specvlm.parallel.ranks import ProcessGroup
 from specvlm.types import Features, VideoPrompt
 
 
@@ -41,6 +46,25 @@ def remember_features(lm: VideoLM, known: dict[Hashable, Tensor | Features] | No
 
     lm.features, lm.encoding = features, encoding
     return lm
+
+
+_KNOWN: dict[Hashable, dict[Hashable, Tensor | Features]] = {}
+
+
+@contextmanager
+def videos_encoded_once() -> Iterator[None]:
+    """Let the command line's models encode each video once per process: hundreds of commands ask about the same scenes."""
+    real = model_cache.load
+
+    def loading(path, dtype, device, mrope, weights, *rest, **named):
+        lm = real(path, dtype, device, mrope, weights, *rest, **named)
+        shared = any(isinstance(one, ProcessGroup) and one.size > 1 for one in (*rest, *named.values()))
+        return lm if shared else remember_features(lm, _KNOWN.setdefault((fingerprint(path), dtype, weights), {}))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model_cache, "load", loading)
+        yield
+    model_cache.MODEL_CACHE.clear()
 
 
 def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
