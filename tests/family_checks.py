@@ -60,8 +60,13 @@ def folder(family: str) -> Path:
 
 @cache
 def model(family: str, name: str = "target") -> VideoLM:
-    """Load a model that encodes each video once, and prefills each prompt and pruned view once."""
-    return remember_passes(remember_features(load(folder(family) / name, "float32")), least=9)
+    return load(folder(family) / name, "float32")
+
+
+@cache
+def quick(family: str, name: str = "target") -> VideoLM:
+    """Return the model as one that encodes each video once, and prefills each prompt and pruned view once."""
+    return remember_passes(remember_features(copy.copy(model(family, name))), least=9)
 
 
 def clip(count: int, height: int, width: int, fps: float) -> Clip:
@@ -106,7 +111,7 @@ def answers(family: str, name: str = "target") -> dict[str, list[int]]:
 
 
 def graph_of(family: str, draft: str, pruner: object, drafter: object, **options: object) -> DecodingGraph:
-    target, its = model(family), model(family, draft)
+    target, its = quick(family), quick(family, draft)
     return DecodingGraph(target, its, pruner, drafter, GreedyVerifier(), GenerationOptions(LIMIT, **options))
 
 

@@ -20,6 +20,7 @@ def test_it_keeps_the_contract():
     assert check_family(checks.folder(FAMILY) / "target", checks.folder(FAMILY) / "small") == 7 * 8
 
 
+@pytest.mark.slow
 def test_prompts_equal_those_of_hugging_faces_processor():
     assert checks.unlike_the_processor(FAMILY) == (10 + 12 + 4, [])
 
