@@ -24,7 +24,7 @@ def installed():
 
 @pytest.mark.slow
 def test_it_keeps_the_contract():
-    assert check_family(checks.folder(FAMILY) / "target", checks.folder(FAMILY) / "small") == 7 * 8
+    assert check_family(checks.folder(FAMILY) / "target", checks.folder(FAMILY) / "small") == 7 * 14
 
 
 def test_prompts_equal_those_of_hugging_faces_processor():

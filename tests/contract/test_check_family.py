@@ -158,7 +158,7 @@ def test_a_wrong_record_of_attention_is_caught(target, change, said, monkeypatch
 
 @pytest.mark.slow
 def test_a_built_in_family_keeps_the_contract():
-    assert check_family(checks.folder(FOLDERS) / "target", checks.folder(FOLDERS) / "small") == 7 * 8
+    assert check_family(checks.folder(FOLDERS) / "target", checks.folder(FOLDERS) / "small") == 7 * 14
 
 
 @pytest.mark.slow
