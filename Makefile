@@ -1,6 +1,7 @@
 # make demo     set up once, then decode a clip with the embedded pair     (ARGS="ratio=0.5" to change the run)
 # make test     set up once, then run the tests in two processes           (ARGS="-k registry" to choose, ARGS="-n 8" for more)
 # make quick    the same without the slow ones, for work in progress: under two minutes
+# make test-all the same, and then all crossings of which `make test` runs a sample
 # make ablation the main ablations on 24 scenes: a report, a table, verdicts (ARGS="--pair embedded_llava_onevision" for the
 #               other family); broken off, it goes on where it was
 # make plugins  install every package under plugins/ into .venv, editable
@@ -24,17 +25,24 @@ LMMS := .venv-lmms
 LMMS_EVAL := plugins/specvlm-lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install -qq --disable-pip-version-check -c $(LMMS_EVAL)/constraints.txt
 
-.PHONY: demo test quick campaign ablation plugins lmms docs check lint types clean
+.PHONY: demo test quick exhaustive test-all campaign ablation plugins lmms docs check lint types clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m specvlm pruner=two_stage ratio=0.9 $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not exhaustive" $(ARGS)
 
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive" $(ARGS)
+
+exhaustive: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive $(ARGS)
+
+test-all:
+	$(MAKE) test
+	$(MAKE) exhaustive
 
 campaign: $(VENV)/.installed-test
 	PYTHONPATH=.:tests $(BIN)/python -m campaign $(ARGS)

@@ -42,7 +42,8 @@ class ModelConfig:
 
     Attributes:
         path: A folder written by `save_pretrained`, `owner/name` on the hub, or `embedded:…` for one in the package.
-        weights: Quantisation of the text layers and the head; bf16 only checks the dtype. None keeps the dtype.
+        weights: Quantisation of the text layers and the head. None: not quantised. `bf16`: not quantised, and loading
+            fails if the dtype is not bfloat16.
     """
 
     path: str = MISSING

@@ -1,7 +1,8 @@
 """Shared test setup: no hub, no tracker, no plugins of the developer's, and no CUDA tests without CUDA.
 
 A test that takes more than SLOW_S of processor time, its setup and child processes included, is marked `slow`, and
-`make quick` skips it. Tests that take longer without the mark are listed at the end of a run.
+`make quick` skips it. Tests that take longer without the mark are listed at the end of a run. What repeats a test with
+more crossings of its options is marked `exhaustive`: `make test` runs a sample that meets each option, `make test-all` all.
 """
 
 import gc

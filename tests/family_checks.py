@@ -17,9 +17,10 @@ from tempfile import TemporaryDirectory
 
 import family_folders
 import packages
+import pytest
 import torch
-from covering import covering
 from pristine_worker import LIMIT
+from towers import remember_features, remember_passes
 from transformers import AutoModelForImageTextToText
 
 from specvlm import custom_generate, load_pair
@@ -60,6 +61,12 @@ def folder(family: str) -> Path:
 @cache
 def model(family: str, name: str = "target") -> VideoLM:
     return load(folder(family) / name, "float32")
+
+
+@cache
+def quick(family: str, name: str = "target") -> VideoLM:
+    """Return the model as one that encodes each video once, and prefills each prompt and pruned view once."""
+    return remember_passes(remember_features(copy.copy(model(family, name))), least=9)
 
 
 def clip(count: int, height: int, width: int, fps: float) -> Clip:
@@ -104,7 +111,7 @@ def answers(family: str, name: str = "target") -> dict[str, list[int]]:
 
 
 def graph_of(family: str, draft: str, pruner: object, drafter: object, **options: object) -> DecodingGraph:
-    target, its = model(family), model(family, draft)
+    target, its = quick(family), quick(family, draft)
     return DecodingGraph(target, its, pruner, drafter, GreedyVerifier(), GenerationOptions(LIMIT, **options))
 
 
@@ -113,18 +120,21 @@ def decode(family: str, request: str, draft: str, pruner: object, drafter: objec
 
 
 CHAINS = (TreeDrafter("chain:3"), SelfDrafter("chain:3"))
+EVERY = [pytest.param(False, id="sample"), pytest.param(True, id="every", marks=pytest.mark.exhaustive)]  # for `every` below
 
 
 def unequal_requests(family: str, draft: str = "draft", some: Sequence[str] = (), every: bool = True) -> tuple[int, list[str]]:
     """Decode some requests, or all, alone and with two drafters. Returns the number of decodes, and those unlike `generate`.
 
-    every: All crossings of requests, drafters and ratios; else those in which any two of them meet.
+    every: All crossings of requests, drafters and ratios. Else each request with one drafter and ratio in turn;
+    `check_family`, which has seven kinds of requests, crosses them.
     """
     wrong, chosen = [], some or requests(family)
     for request in chosen:
         alone = tokens_of(list(autoregressive(model(family), prompt(family, request), LIMIT, GreedyVerifier())))
         wrong += [] if alone == answers(family)[request] else [f"{request}: alone"]
-    cells = (product if every else covering)(chosen, CHAINS, (0.0, 0.9, 1.0))
+    turned = zip(chosen, cycle(CHAINS), cycle((0.9, 0.0, 1.0)), strict=False)
+    cells = product(chosen, CHAINS, (0.0, 0.9, 1.0)) if every else turned
     tried = len(chosen)
     for request, drafter, ratio in cells:
         tokens = decode(family, request, draft, TwoStagePruner(), drafter, ratio=ratio)
@@ -134,18 +144,22 @@ def unequal_requests(family: str, draft: str = "draft", some: Sequence[str] = ()
 
 
 def unequal_strategies(family: str, request: str = "video", every: bool = True) -> tuple[int, list[str]]:
-    """Decode with every pruner there is, built in or under plugins/, and with every drafter, with two drafts.
+    """Decode with pruners, built in or under plugins/, and with every drafter. Returns as `unequal_requests`.
 
-    every: Each pruner with both drafts, and all crossings of drafters, ratios and positions; else each pruner with one of
-    the drafts, in the next family with the other one, and crossings in which any two options meet.
+    every: Each pruner with both drafts, and all crossings of drafters, ratios and positions. Else a third of the pruners,
+    each with one draft, and each drafter with one ratio and position; the next family has the next of all of them.
     """
     answer, wrong, tried = answers(family)[request], [], 0
-    drafts, pruners = ("draft", "small")[:: (-1) ** list(family_folders.FAMILIES).index(family)], all_pruners()
-    for draft, pruner in product(drafts, pruners) if every else zip(cycle(drafts), pruners, strict=False):
+    turn, drafts = list(family_folders.FAMILIES).index(family), ("draft", "small")
+    pruners, drafters = all_pruners(), all_drafters()
+    pruned = list(product(drafts, pruners)) if every else list(zip(cycle(drafts), pruners[turn % 3 :: 3], strict=False))
+    for draft, pruner in pruned:
         tokens = decode(family, request, draft, pruner, CHAINS[0], ratio=0.7)
         wrong += [] if tokens == answer else [f"{draft}: {pruner!r}"]
         tried += 1
-    for drafter, ratio, positions in (product if every else covering)(all_drafters(), RATIOS, POSITIONS):
+    ways = list(product(RATIOS, POSITIONS))
+    turned = ((drafter, *ways[(turn + number) % len(ways)]) for number, drafter in enumerate(drafters))
+    for drafter, ratio, positions in product(drafters, RATIOS, POSITIONS) if every else turned:
         tokens = decode(family, request, "small", UniformPruner(), drafter, ratio=ratio, positions=positions)
         wrong += [] if tokens == answer else [f"{drafter!r}, ratio {ratio}, {positions}"]
         tried += 1

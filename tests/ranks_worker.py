@@ -66,6 +66,7 @@ CASES = (
     ("overlap", "lone", TwoStagePruner(), OverlapDrafter("chain:4", ahead=5), GreedyVerifier()),
     ("overlap_shared", "shared", TwoStagePruner(), OverlapDrafter("2x2", ahead=2), GreedyVerifier()),
 )
+OF_ONE_ENGINE = ("self", "sparse", "prompt_lookup")
 
 
 def device() -> torch.device:
@@ -85,8 +86,11 @@ def engines(lone: bool) -> dict[str, Engine]:
     return {"eager": Engine()} if lone else {"eager": Engine(), "captured": captured}
 
 
-def answers(family: str, ranks: ProcessGroup) -> dict[str, list[int]]:
-    """Return by case the tokens, and what each round accepted. In one process, only eager."""
+def answers(family: str, ranks: ProcessGroup, every: bool = True) -> dict[str, list[int]]:
+    """Return by case the tokens, and what each round accepted. In one process, only eager.
+
+    every: Each case with both engines; else with one of them, in the other family with the other one.
+    """
     target = model(family, "target", ranks)
     prompt, found = prompt_for(target), {}
     folder = model_folder(f"embedded:{family}/plain")
@@ -95,12 +99,11 @@ def answers(family: str, ranks: ProcessGroup) -> dict[str, list[int]]:
     for name, engine in engines(ranks.size == 1).items():
         steps = list(autoregressive(target, prompt, LIMIT, GreedyVerifier(), engine=engine))
         found[f"autoregressive {name}"] = tokens_of(steps)
-        for case, draft, pruner, drafter, verifier in CASES:
-            if (
-                ranks.size > 1
-                and case in ("self", "sparse", "prompt_lookup")
-                and (engine.name == "eager" or family != FAMILIES[0])
-            ):
+        turn = FAMILIES.index(family) + (engine.name == "eager")
+        for number, (case, draft, pruner, drafter, verifier) in enumerate(CASES):
+            if not every and case not in ("sampled", *OF_ONE_ENGINE) and (number + turn) % 2:
+                continue
+            if ranks.size > 1 and case in OF_ONE_ENGINE and (engine.name == "eager" or family != FAMILIES[0]):
                 continue  # the same passes of the same target
             graph = DecodingGraph(target, drafts[draft], pruner, drafter, verifier, GenerationOptions(ratio=0.9), engine=engine)
             steps = list(graph.decode(prompt, LIMIT))
@@ -255,7 +258,7 @@ def kernel_errors(ranks: ProcessGroup) -> list[float]:
 
 
 def run(what: str, folder: Path) -> int:
-    """Run decode, signals, kernels, kill, kill draft, raise or "apart HOW" as one of the ranks."""
+    """Run decode, decode every, signals, kernels, kill, kill draft, raise or "apart HOW" as one of the ranks."""
     torch.set_num_threads(1)
     if what.startswith("apart"):
         return guarded(lambda: apart("llava_onevision", what.split()[1], folder), full=False)
@@ -270,7 +273,8 @@ def run(what: str, folder: Path) -> int:
         if what == "kernels":
             found = {"errors": kernel_errors(ranks)}
         else:
-            found = {family: answers(family, ranks) for family in FAMILIES} | {"quantised": quantised(ranks)}
+            every = what == "decode every" or device().type == "cuda"
+            found = {family: answers(family, ranks, every) for family in FAMILIES} | {"quantised": quantised(ranks)}
         (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     return 0
 

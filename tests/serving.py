@@ -26,6 +26,7 @@ from specvlm.serve.settings import Keys, Settings
 from specvlm.video.clips import find_clip
 
 MODEL = "embedded:qwen2_5_vl"
+WORDS = ("port=0", "drafter.shape=chain:5", "pruner.mass=0.2")
 PATH = "/v1/chat/completions"
 FEW = {"media_io_kwargs": {"video": {"num_frames": 4}}}
 
@@ -65,7 +66,7 @@ class Live:
     def stop(self) -> None:
         self.client.close()
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(90)
         assert not self.thread.is_alive()
 
     def connect(self) -> socket.socket:
@@ -107,7 +108,7 @@ def data_url(name: str = "synthetic_1", kind: str = "video/mp4") -> str:
     return f"data:{kind};base64,{base64.b64encode(find_clip(name).read_bytes()).decode()}"
 
 
-def until(holds: Any, seconds: float = 20) -> bool:
+def until(holds: Any, seconds: float = 90) -> bool:
     """Wait until something holds; returns whether it did in time."""
     waiter = threading.Event()
     for _ in range(int(seconds / 0.02)):
@@ -121,7 +122,7 @@ class Process:
     """A server in a process of its own."""
 
     def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "specvlm.serve", "port=0", "drafter.shape=chain:5", "pruner.mass=0.2", *words]
+        command = [sys.executable, "-m", "specvlm.serve", *WORDS, *words]
         path = os.pathsep.join(sys.path)
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | (env or {})
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

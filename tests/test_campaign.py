@@ -21,9 +21,10 @@ from specvlm.strategies.registry import collect
 
 
 @pytest.mark.slow
-def test_a_sample_of_every_campaign_finds_nothing():
+@pytest.mark.parametrize("how", ["--few", pytest.param("--sample", marks=pytest.mark.exhaustive)])
+def test_a_sample_of_every_campaign_finds_nothing(how):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # another process: campaigns fork, and this one has threads
-    done = subprocess.run([sys.executable, "-m", "campaign", "--sample"], env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-m", "campaign", how], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     ends = [line.partition(":")[0] for line in done.stdout.splitlines() if " attacks, 0 findings" in line]
     assert ends == list(campaigns()) and {"bad_keys", "disk", "kills", "leaks", "xss"} <= set(ends)

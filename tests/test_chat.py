@@ -14,10 +14,10 @@ CLIP = checks.clip(2, 60, 60, 1.0)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", checks.EVERY)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
-def test_every_chat_is_decoded_as_by_a_pristine_model(family):
-    tried, wrong = checks.unequal_requests(family, "plain", CHATS, every=False)
-    assert tried >= 3 * 4 and wrong == []
+def test_every_chat_is_decoded_as_by_a_pristine_model(family, every):
+    assert checks.unequal_requests(family, "plain", CHATS, every) == (3 * (7 if every else 2), [])
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -87,10 +88,15 @@ def test_a_preset_that_is_a_sweep_says_so_and_the_command_line_wins_over_it(ran,
         assert f"experiment=frames is a sweep, over frames, pruner: {why}" in capsys.readouterr().err
 
 
+@cache
+def usual_ratio() -> float:
+    return compose.compose().ratio
+
+
 @pytest.mark.parametrize("pair", [path.stem for path in sorted((config.conf_dir() / "pair").glob("*.yaml"))])
 def test_a_pair_of_released_checkpoints_takes_their_folders(pair):
     cfg = compose.compose([f"pair={pair}", "target.path=/a", "draft.path=/b"])
-    assert (cfg.target.path, cfg.draft.path) == ("/a", "/b") and cfg.ratio == compose.compose().ratio
+    assert (cfg.target.path, cfg.draft.path) == ("/a", "/b") and cfg.ratio == usual_ratio()
     assert "embedded" in pair or cfg.drafter.name == "tree"
 
 

@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import tiny
 import torch
+from covering import sampled
 from scipy.stats import chisquare, kstest
 from test_sampling_graph import LENGTH, PENALISED, PLAIN, expected, p_value, request, target
 from test_verifiers import random_parents
@@ -191,8 +192,7 @@ def answers(family, rule, drafter, options, engine=None, pruner=None, dtype=torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("drafter", DRAFTERS, ids=repr)
+@pytest.mark.parametrize(("drafter", "family"), sampled(DRAFTERS, tiny.FAMILIES), ids=str)
 def test_a_seed_gives_the_targets_own_answer_whatever_drafts(family, drafter):
     for number, rule in enumerate(RULES):
         dtype = (torch.float64, torch.float32)[number % 2]
@@ -209,15 +209,20 @@ def test_seeds_give_different_answers(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("engine", [Engine, lambda: GraphsEngine("traced")], ids=["eager", "traced"])
 @pytest.mark.parametrize(
-    "drafter", [SelfDrafter("chain:4"), SparseDrafter(10_000, 4), DynamicTreeDrafter(6, 3, 2), TreeDrafter("4x2")], ids=repr
+    ("drafter", "family", "engine"),
+    sampled(
+        [SelfDrafter("chain:4"), SparseDrafter(10_000, 4), TreeDrafter("4x2"), DynamicTreeDrafter(6, 3, 2)],
+        tiny.FAMILIES,
+        ["traced", "eager"],
+        pairs=True,
+    ),
+    ids=str,
 )
 def test_a_draft_that_equals_the_target_guesses_every_draw(family, drafter, engine):
     """So both use the noise of the same index and seed, captured or not."""
-    target = pair(family)[0]
-    graph = DecodingGraph(target, target, NonePruner(), drafter, RULES[0], GenerationOptions(17, 0.0, seed=3), engine=engine())
+    target, engine = pair(family)[0], Engine() if engine == "eager" else GraphsEngine("traced")
+    graph = DecodingGraph(target, target, NonePruner(), drafter, RULES[0], GenerationOptions(17, 0.0, seed=3), engine=engine)
     steps = list(graph.decode(prompt_of(family)))
     full = [step for step in steps[1:] if step.full]
     assert full and all(step.accepted == max(step.tree.depths) for step in full)
@@ -225,15 +230,17 @@ def test_a_draft_that_equals_the_target_guesses_every_draw(family, drafter, engi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("drafter", [TreeDrafter("2x2"), DynamicTreeDrafter(9, 3, 4), PromptLookupDrafter()], ids=repr)
-def test_a_captured_engine_draws_what_an_eager_one_draws(family, drafter):
+@pytest.mark.parametrize(
+    ("drafter", "family", "seed"),
+    sampled([TreeDrafter("2x2"), DynamicTreeDrafter(9, 3, 4), PromptLookupDrafter()], tiny.FAMILIES, (0, 1)),
+    ids=str,
+)
+def test_a_captured_engine_draws_what_an_eager_one_draws(family, drafter, seed):
     engine = GraphsEngine("traced")
     for rule in RULES:
-        for seed in (0, 1):
-            options = GenerationOptions(14, 0.5, seed=seed, repetition_penalty=1.2)
-            own, drafted, _ = answers(family, rule, drafter, options, engine)
-            assert own == drafted == tokens_of(list(autoregressive(pair(family)[0], prompt_of(family), options, rule)))
+        options = GenerationOptions(14, 0.5, seed=seed, repetition_penalty=1.2)
+        own, drafted, _ = answers(family, rule, drafter, options, engine)
+        assert own == drafted == tokens_of(list(autoregressive(pair(family)[0], prompt_of(family), options, rule)))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import packages
 import pytest
 import reference
 import torch
-from covering import covering
+from covering import covering, sampled
 from test_lossless import PRUNERS
 from towers import remember_features, remember_passes
 from transformers import AutoModelForImageTextToText
@@ -74,8 +74,7 @@ def decode(family, pruner, drafter, ratio, draft="plain", verifier=GREEDY, limit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DRAFTS)
-@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+@pytest.mark.parametrize(("pruner", "family"), sampled(PRUNERS, list(DRAFTS)), ids=str)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner):
     """Every drafter with each ratio, in one family or another; `make campaign ARGS=families` has all crossings."""
     expected = answer_of_generate(family, frames=FEW)
@@ -137,8 +136,7 @@ def test_no_lossless_strategy_is_left_out_below():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DRAFTS)
-@pytest.mark.parametrize("pruner", OF_PACKAGES, ids=lambda pruner: pruner.name)
+@pytest.mark.parametrize(("pruner", "family"), sampled(OF_PACKAGES, list(DRAFTS)), ids=lambda of: getattr(of, "name", of))
 def test_every_package_gives_the_targets_own_output(family, pruner):
     """With one of two drafters and ratios, in the next family with the other one."""
     turn = (list(DRAFTS).index(family) + OF_PACKAGES.index(pruner)) % 2
@@ -162,30 +160,37 @@ def test_every_drafter_and_lossless_verifier_gives_the_targets_own_output(family
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "draft"), [(family, draft) for family, drafts in DRAFTS.items() for draft in drafts])
-@pytest.mark.parametrize("clip", ["synthetic_2", "bbb_apple"])
-def test_long_answers_and_real_footage_are_lossless_too(family, clip, draft):
+@pytest.mark.parametrize(
+    ("pair", "clip"),
+    sampled([(family, draft) for family in DRAFTS for draft in DRAFTS[family]], ["synthetic_2", "bbb_apple"]),
+    ids=str,
+)
+def test_long_answers_and_real_footage_are_lossless_too(pair, clip):
+    family, draft = pair
     fields = {"clip": clip, "question": "describe the video.", "limit": FOOTAGE if clip == "bbb_apple" else 200}
     steps = decode(family, TwoStagePruner(), TreeDrafter(), 0.9, draft, **fields)
     assert tuple(tokens_of(steps)) == answer_of_generate(family, **fields)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DRAFTS)
-@pytest.mark.parametrize("drafter", [DynamicTreeDrafter(), EntropyTreeDrafter(), SparseDrafter(256)], ids=repr)
-def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter):
-    for clip in ("synthetic_1", "bbb_apple"):
-        steps = decode(family, TwoStagePruner(), drafter, 0.9, clip=clip, frames=FEW, limit=FOOTAGE)
-        assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip, frames=FEW, limit=FOOTAGE), clip
+@pytest.mark.parametrize(
+    ("family", "drafter", "clip"),
+    sampled(list(DRAFTS), [DynamicTreeDrafter(), SparseDrafter(256), EntropyTreeDrafter()], ["synthetic_1", "bbb_apple"]),
+    ids=str,
+)
+def test_drafters_that_decide_for_themselves_are_lossless_too(family, drafter, clip):
+    steps = decode(family, TwoStagePruner(), drafter, 0.9, clip=clip, frames=FEW, limit=FOOTAGE)
+    assert tuple(tokens_of(steps)) == answer_of_generate(family, clip=clip, frames=FEW, limit=FOOTAGE)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ratios", [(0.9,), pytest.param((0.5, 0.9), marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("family", DRAFTS)
-def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family):
+def test_a_dynamic_tree_accepts_no_less_than_the_static_one_of_as_many_nodes(family, ratios):
     """On average over these scenes, with the same pruned view."""
     accepted = {"static": [], "dynamic": []}
     for clip in ("synthetic_1", "synthetic_2", "synthetic_3"):
-        for ratio in (0.5, 0.9):
+        for ratio in ratios:
             for name, drafter in (("static", TreeDrafter()), ("dynamic", DynamicTreeDrafter())):
                 fields = {"clip": clip, "question": "describe the video."}
                 steps = decode(family, TwoStagePruner(), drafter, ratio, limit=64, **fields)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import sampled
 from sweeping import ASK, jobs
 from transformers import AttentionInterface
 
@@ -80,9 +81,9 @@ def right(family: str, dtype: str, clip: str = "synthetic_1") -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DRAFTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("generate", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dtype", "generate"), sampled(list(DRAFTS), ["float32", "bfloat16"], [False, True], pairs=True), ids=str
+)
 def test_a_right_answer_is_identical(family, dtype, generate):
     clip = "synthetic_3" if family == "qwen3_vl" else "synthetic_1"  # there, two of its tokens nearly tie in bfloat16
     found = pristine(family, dtype).check(prompt(family, clip), right(family, dtype, clip), LIMIT, generate=generate)
@@ -163,13 +164,16 @@ SLIPS = [positions_slip, mask_slip, feature_slip, embedding_slip]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DRAFTS)
 @pytest.mark.parametrize(
-    "dtype, slip",
-    [*(("float32", slip) for slip in SLIPS), ("bfloat16", positions_slip), ("bfloat16", feature_slip)],
-    ids=lambda value: getattr(value, "__name__", value),
+    ("of", "family"),
+    sampled(
+        [*(("float32", slip) for slip in SLIPS), ("bfloat16", positions_slip), ("bfloat16", feature_slip)],
+        list(DRAFTS),
+    ),
+    ids=lambda of: of if isinstance(of, str) else f"{of[0]}-{of[1].__name__}",
 )
-def test_a_slip_in_shared_code_is_identical_by_ourselves_and_a_mismatch_by_hugging_face(family, dtype, slip, monkeypatch):
+def test_a_slip_in_shared_code_is_identical_by_ourselves_and_a_mismatch_by_hugging_face(family, of, monkeypatch):
+    dtype, slip = of
     expected = right(family, dtype)
     slip(family, monkeypatch)
     alone, output = answers(family, dtype)

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import tiny
 import torch
+from covering import sampled
 
 from experiments.embedded_pair.evaluate import DRAFTS
 from specvlm.config import model_folder
@@ -56,9 +57,9 @@ CASES = [*product(DRAFTERS, ("eager", "direct"), [(1,)]), ("tree", "direct", (1,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("drafter", "engine", "ends"), CASES)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_split_target_gives_the_whole_ones_output(family, drafter, engine, ends):
+@pytest.mark.parametrize(("case", "family"), sampled(CASES, tiny.FAMILIES), ids=str)
+def test_a_split_target_gives_the_whole_ones_output(family, case):
+    drafter, engine, ends = case
     lm = in_stages(family, *ends)
     made = ENGINES[engine]()
     graph = DecodingGraph(

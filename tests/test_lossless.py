@@ -11,7 +11,7 @@ import tiny
 import torch
 from campaign import planted_faults
 from campaign.faults import planted
-from covering import covering
+from covering import sampled
 from towers import remember_features, remember_passes
 
 from specvlm.app.console import too_many_ties
@@ -62,11 +62,12 @@ OF_A_PRUNED_VIEW = [
     SelfDrafter(),
 ]
 GREEDY = GreedyVerifier()
-SEVERAL = covering(
+SEVERAL = sampled(
     tiny.FAMILIES,
     [dict(videos=2), dict(images=1), dict(videos=3, images=1)],
     [TwoStagePruner(), TwoStagePruner(spread="frame"), FastVPruner(source="draft")],
     ["original", "reindexed"],
+    pairs=True,
 )
 SHORT = 18  # tokens, where every pruner meets every drafter: rounds enough for guesses that stand and guesses that fall
 
@@ -107,7 +108,9 @@ def test_autoregressive_equals_hugging_face_generate(family, request_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "pruner", "drafter"), covering(tiny.FAMILIES, PRUNERS, OF_A_PRUNED_VIEW), ids=str)
+@pytest.mark.parametrize(
+    ("family", "pruner", "drafter"), sampled(tiny.FAMILIES, PRUNERS, OF_A_PRUNED_VIEW, pairs=True), ids=str
+)
 def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, drafter):
     for ratio in (0.5, 0.9):
         answer = tokens_of(decode(family, pruner, drafter, ratio, limit=SHORT))
@@ -115,8 +118,7 @@ def test_every_pruner_and_drafter_gives_the_output_of_generate(family, pruner, d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("drafter", OF_A_PRUNED_VIEW, ids=repr)
+@pytest.mark.parametrize(("drafter", "family"), sampled(OF_A_PRUNED_VIEW, tiny.FAMILIES), ids=str)
 def test_where_all_or_nothing_is_kept_no_pruner_is_asked(family, drafter, monkeypatch):
     monkeypatch.setattr(UniformPruner, "select", None)
     for ratio in (0, 1):
@@ -124,8 +126,7 @@ def test_where_all_or_nothing_is_kept_no_pruner_is_asked(family, drafter, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("drafter", [SparseDrafter(24, 5), PromptLookupDrafter()], ids=repr)
+@pytest.mark.parametrize(("drafter", "family"), sampled([SparseDrafter(24, 5), PromptLookupDrafter()], tiny.FAMILIES), ids=str)
 def test_drafters_that_ask_no_pruner_give_the_output_of_generate(family, drafter, monkeypatch):
     monkeypatch.setattr(UniformPruner, "select", None)
     for ratio in (0, 0.5, 1):

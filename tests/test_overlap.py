@@ -9,7 +9,7 @@ import joined_ops
 import pytest
 import tiny
 import torch
-from covering import covering
+from covering import sampled
 
 from specvlm.decoding.loop import DecodingGraph, generator_for
 from specvlm.decoding.scheduler import Scheduler
@@ -63,7 +63,7 @@ def hits(steps) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "shape", "verifier", "backend", "passes"),
-    covering(tiny.FAMILIES, SHAPES, VERIFIERS, BACKENDS, (1, 2, ALL)),
+    sampled(tiny.FAMILIES, SHAPES, VERIFIERS, BACKENDS, (1, 2, ALL), pairs=True),
     ids=lambda choice: str(choice),
 )
 def test_every_round_is_that_of_the_drafter_without_overlap(family, shape, verifier, backend, passes):

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import tiny
 import torch
-from covering import covering
+from covering import sampled
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
 from specvlm.decoding.scheduler import Scheduler
@@ -67,7 +67,7 @@ def request_of(family: str, number: int):
     return tiny.prompt(family, seed=number, frames=FRAMES[number % 4]), LIMITS[number % 4]
 
 
-EVERY = covering(tiny.FAMILIES, DRAFTERS, VERIFIERS, ("float64", "float32"))
+EVERY = sampled(tiny.FAMILIES, DRAFTERS, VERIFIERS, ("float64", "float32"), pairs=True)
 
 
 @pytest.mark.slow

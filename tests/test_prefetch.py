@@ -91,6 +91,7 @@ def test_rows_and_rounds_are_the_same_with_and_without(both, reads):
     assert [behind for _, behind, _ in ahead] == [False, *[True] * (len(ahead) - 1)]
 
 
+@pytest.mark.slow
 def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypatch):
     """Each sample blocks decoding until the next one is read: without a background thread it would block for ever."""
     read, decoded, real, decode = [], [], prepare.read, answer.speculate
@@ -117,6 +118,7 @@ def test_the_next_video_is_read_while_a_sample_is_decoded_and_no_other(monkeypat
     assert len(decoded) == 3 and read == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["prefetch=false"]])
 def test_on_a_cpu_nothing_is_read_ahead_unless_it_is_asked_for(words, reads):
     assert answer_all("out", words) == 0
@@ -148,6 +150,7 @@ def test_threads_are_those_of_the_job_in_both_places(reads, monkeypatch):
     assert [count for *_, count in reads] == [2, 1, 1, 2, 2, 1]
 
 
+@pytest.mark.slow
 def test_without_a_number_of_threads_both_places_have_the_usual_one(reads):
     assert answer_all("out", ["prefetch=true"]) == 0
     assert [count for *_, count in reads] == [1, 1, 1]
@@ -223,6 +226,7 @@ def test_a_killed_job_goes_on_where_it_was():
     assert table(Path("out")) == table(Path("whole"))
 
 
+@pytest.mark.slow
 def test_memory_is_planned_for_one_more_video():
     def parts(*words):
         cfg = compose([*FEW, *words])

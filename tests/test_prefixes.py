@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import tiny
 import torch
+from covering import sampled
 from curious import ALL, Curious
 
 from specvlm.decoding.loop import DecodingGraph, autoregressive_work
@@ -81,9 +82,11 @@ class Seeing(Curious):
         return super().select(ctx)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("pruner", [UniformPruner(), TwoStagePruner(), NonePruner()], ids=lambda pruner: pruner.name)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("pruner", "engine", "family"),
+    sampled([UniformPruner(), TwoStagePruner(), NonePruner()], list(ENGINES), tiny.FAMILIES),
+    ids=lambda of: getattr(of, "name", of),
+)
 def test_every_way_to_go_on_from_a_known_prompt_gives_what_it_gives_alone(family, pruner, engine, exact):
     graph = graph_of(family, pruner, ENGINES[engine](), store=PrefixStore(PLENTY))
     prompt = tiny.prompt(family)
@@ -113,9 +116,7 @@ def test_every_way_to_go_on_from_a_known_prompt_gives_what_it_gives_alone(family
     assert graph.prefixes.hits == len(ways) - 2 and graph.prefixes.misses == 2 and not graph.prefixes._claims
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("videos", [1, 2])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(("engine", "videos", "family"), sampled(list(ENGINES), [1, 2], tiny.FAMILIES))
 def test_signals_of_a_hit_are_those_of_a_miss(family, videos, engine, exact):
     pruner = Seeing()
     graph = graph_of(family, pruner, ENGINES[engine](), store=PrefixStore(PLENTY))

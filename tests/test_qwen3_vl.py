@@ -40,16 +40,17 @@ def merge(total: int) -> KeepSet:
 
 
 @pytest.mark.slow
-def test_every_kind_of_request_is_decoded_as_by_a_pristine_model():
-    tried, wrong = checks.unequal_requests(FAMILY, every=False)
-    assert tried >= 10 * 4 and wrong == []
+@pytest.mark.parametrize("every", checks.EVERY)
+def test_every_kind_of_request_is_decoded_as_by_a_pristine_model(every):
+    assert checks.unequal_requests(FAMILY, every=every) == (10 * (7 if every else 2), [])
     assert min(len(set(answer)) for name, answer in checks.answers(FAMILY).items() if name != "text") > 7
 
 
 @pytest.mark.slow
-def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_model():
-    tried, wrong = checks.unequal_strategies(FAMILY, every=False)
-    assert tried >= 26 + 18 and wrong == []
+@pytest.mark.parametrize("every", checks.EVERY)
+def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_model(every):
+    tried, wrong = checks.unequal_strategies(FAMILY, every=every)
+    assert tried >= (2 * 26 + 36 if every else 9 + 6) and wrong == []
 
 
 @pytest.mark.slow
@@ -123,21 +124,22 @@ def test_the_pair_is_checked_and_a_draft_may_have_fewer_levels():
 
 
 @pytest.mark.slow
-def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_drafts():
+@pytest.mark.parametrize("every", checks.EVERY)
+def test_a_mixture_of_experts_is_decoded_as_by_a_pristine_model_with_dense_drafts(every):
     target, small = checks.model("qwen3_vl_moe"), checks.model("qwen3_vl_moe", "small")
     assert (target.family, small.family) == ("qwen3_vl_moe", "qwen3_vl") and check_pair(target, small) == 192
     assert checks.unlike_the_processor("qwen3_vl_moe") == (10 + 12 + 4, [])
-    tried, wrong = checks.unequal_requests("qwen3_vl_moe", every=False)
-    assert tried >= 10 * 4 and wrong == []
+    assert checks.unequal_requests("qwen3_vl_moe", every=every) == (10 * (7 if every else 2), [])
     assert why_not(target) is None, "it runs captured"
     with pytest.raises(UserError, match="a mixture of experts cannot be shared by ranks; use one"):
         check_shares(target.hf.config, 2, "target.parallel=tensor", "use one")
 
 
 @pytest.mark.slow
-def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_mixture_of_experts():
-    tried, wrong = checks.unequal_strategies("qwen3_vl_moe", every=False)
-    assert tried >= 26 + 18 and wrong == []
+@pytest.mark.parametrize("every", checks.EVERY)
+def test_every_pruner_and_drafter_gives_the_answer_of_a_pristine_mixture_of_experts(every):
+    tried, wrong = checks.unequal_strategies("qwen3_vl_moe", every=every)
+    assert tried >= (2 * 26 + 36 if every else 9 + 6) and wrong == []
 
 
 def test_layers_split_into_stages_add_the_same_rows():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from towers import videos_encoded_once
 from transformers.utils import logging
 
 from specvlm import load
@@ -33,6 +34,12 @@ from specvlm.video.clips import find_clip
 
 SHORT = ["max_new_tokens=14", "question=how many objects appear?"]
 FAST = ["frames=4", *SHORT]  # where the answer need not be true
+
+
+@pytest.fixture(autouse=True, scope="module")
+def videos_once():
+    with videos_encoded_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 from serving import FEW, MODEL, PATH, body, data_url, events_of, live, served, text_of, until
-from session_pairs import COUPLED, QUESTION, UNLIKE, session
+from session_pairs import COUPLED, QUESTION, UNLIKE, new_session, session
 
 from specvlm.video.clips import find_clip
 
@@ -35,7 +35,8 @@ def test_an_answer_is_the_sessions_own():
     assert (choice["finish_reason"], choice["index"], choice["logprobs"]) == (want.finish_reason, 0, None)
     assert found["object"] == "chat.completion" and found["model"] == MODEL and found["id"].startswith("chatcmpl-")
     prompt, new = want.statistics["prompt_tokens"], len(want.token_ids)
-    assert found["usage"] == {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    tokens = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    assert found["usage"] == tokens | {"prompt_tokens_details": found["usage"]["prompt_tokens_details"]}
     for key in ("frames", "video_tokens", "kept_tokens", "rounds", "tokens_per_round"):
         assert found["specvlm"][key] == want.statistics[key]
     assert found["specvlm"]["frames"] == 4 and found["specvlm"]["verifier"] == "greedy"
@@ -94,6 +95,17 @@ def test_answers_of_n_are_those_of_the_seeds_one_by_one():
     assert found["usage"]["completion_tokens"] == sum(len(one.token_ids) for one in answers)
     events = live().events(**given)
     assert [text_of(events, index) for index in range(3)] == want
+
+
+def test_tokens_of_the_prompt_that_were_kept_are_told_as_openai_tells_them():
+    with served(of=new_session(prefixes=1.0)) as one:
+        asked = [one.ask(text=text) for text in (QUESTION, "how many objects appear?", QUESTION)]
+        plain = one.ask(video=None, text="hello").json()["usage"]["prompt_tokens_details"]
+        events = one.events(text="and now?", stream_options={"include_usage": True})
+    cached = [found.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for found in asked]
+    assert cached[0] == 0 < cached[1] < cached[2] <= asked[0].json()["usage"]["prompt_tokens"]
+    assert plain == {"cached_tokens": 0}
+    assert events[-2]["usage"]["prompt_tokens_details"]["cached_tokens"] == cached[1]
 
 
 def test_the_target_alone_gives_the_same_answer_without_rounds_of_guesses():

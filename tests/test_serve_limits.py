@@ -23,6 +23,7 @@ from test_serve import alone, error_of
 
 from specvlm.errors import UserError
 from specvlm.serve import fetch
+from specvlm.serve.errors import ApiError
 from specvlm.serve.fetch import is_public
 from specvlm.serve.settings import Keys
 from specvlm.video.clips import find_clip
@@ -161,8 +162,10 @@ def test_the_region_of_a_client_that_goes_is_free_within_a_round(stream):
         with one.connect() as connection:
             connection.sendall(post(content, f"Content-Length: {len(content)}"))
             assert until(lambda: leased(one.session))
-            if stream:
-                assert b"data: " in connection.recv(65536)
+            received = b"" if stream else b"data: "
+            while b"data: " not in received:  # the headers may come alone
+                received += (part := connection.recv(65536))
+                assert part
         assert until(lambda: not leased(one.session), 10) and until(one.idle, 10)
         assert b"requests_cancelled" in one.client.get("/metrics").content
 
@@ -486,8 +489,6 @@ def test_public_addresses_are_public():
     ],
 )
 def test_an_address_that_is_not_allowed_is_not_fetched(url):
-    from specvlm.serve.errors import ApiError
-
     with pytest.raises(ApiError) as found:
         fetch.fetched(url, 1000, 5)
     assert found.value.code in ("address_refused", "fetch_failed")
@@ -579,6 +580,17 @@ def test_an_address_is_fetched_if_that_is_on_and_every_redirect_is_checked(site)
         assert error_of(one.ask(video=f"{site.url}/clip"))["code"] == "address_refused"
     before = len(site.asked)
     assert error_of(live().ask(video=f"{site.url}/clip"))["code"] == "fetch_is_off" and len(site.asked) == before
+
+
+def test_a_name_that_takes_long_to_resolve_ends_its_request_in_time(monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: stop.wait(60) and [])
+    try:
+        with pytest.raises(ApiError, match="is not resolved in time") as found:
+            fetch.fetched("http://clips.example/a", 100, 0.2)
+        assert found.value.code == "fetch_failed" and not stop.is_set()
+    finally:
+        stop.set()
 
 
 def test_data_urls_of_videos_are_bounded_like_bodies():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from io import BytesIO
 
+import av
 import pytest
 from PIL import Image
 from serving import FEW, data_url, served
@@ -16,7 +17,11 @@ from specvlm.models.known_videos import KnownVideos
 from specvlm.serve.chat_request import ChatRequest
 from specvlm.serve.errors import ApiError
 from specvlm.serve.media import MediaReader
+from specvlm.serve.read_process import Limits, bounded, described
 from specvlm.serve.settings import Settings
+from specvlm.video.av_file import LISTS
+from specvlm.video.clips import find_clip
+from specvlm.video.video import read_video
 
 pytestmark = pytest.mark.slow
 
@@ -115,3 +120,22 @@ def test_all_frames_and_images_of_a_request_are_measured_together_before_they_ar
     with served("max_clip_mib=1") as one:
         found = error_of(one.ask(video=many["video"]))
         assert found["code"] == "media_too_large" and found["param"] == "messages.0.content.0"
+
+
+def test_every_file_of_a_request_is_opened_as_one_that_may_name_no_other(monkeypatch):
+    opened, real = [], av.open
+
+    def spy(path, *given, **options):
+        opened.append(options["options"])
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(av, "open", spy)
+    limits, path = Limits(frames=8, pixels=10**6, size=2**24, seconds=20), find_clip("synthetic_1")
+    info = described(path, "pyav", limits)
+    assert len(opened) >= 2  # its size, before anything is decoded; then the rest
+    assert len(read_video(str(path), reader="pyav", **bounded(info, {"frames": 4}, limits)).frames) == 4 and len(opened) >= 3
+    for options in opened:
+        assert set(options) == {"format_whitelist", "protocol_whitelist"} and options["protocol_whitelist"] == "file"
+        allowed = set(options["format_whitelist"].split(","))
+        assert {"mov", "matroska", "avi"} & allowed and not allowed & LISTS
+    assert {"hls", "concat", "sdp", "rtsp"} <= LISTS & av.formats_available  # they are left out, not unknown

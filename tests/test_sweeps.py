@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,10 +18,11 @@ import pytest
 import torch
 from filelock import FileLock
 from sweeping import ASK, end, finished, install, jobs, start, table, uninstall, untimed, videos
+from towers import videos_encoded_once
 
 from specvlm import load
 from specvlm.__main__ import main
-from specvlm.app import baselines
+from specvlm.app import baselines, launch
 from specvlm.app import compose as composing
 from specvlm.app import request as answer
 from specvlm.app.baselines import Baselines, inputs
@@ -46,6 +49,12 @@ THREE, TWO = "pruner=two_stage,uniform,random", "pruner=two_stage,uniform"
 WHOLE = (TWO, "dataset.scenes=3")  # which several tests compare with, as `whole` leaves it
 TINY = [*ASK, "dataset.scenes=1", "max_new_tokens=3"]
 PLAIN = [*ASK, "dataset.scenes=2", "baseline=false", "max_new_tokens=2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def videos_once():
+    with videos_encoded_once():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -504,11 +513,36 @@ def test_two_workers_of_a_launcher_make_the_table_of_one_process():
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs hydra-joblib-launcher")
     whole()
     assert sweep(*WHOLE, "hydra/launcher=workers", "shard=0/2,1/2", folder="workers") == 0
-
-    def unordered(folder):  # a worker has one job at a time
-        return {name: ([row | {"order": 0} for row in rows], steps) for name, (rows, steps) in table(Path(folder)).items()}
-
     assert unordered("workers") == unordered("whole")
+
+
+def unordered(folder):
+    """The table of a sweep whose workers have one job at a time."""
+    return {name: ([row | {"order": 0} for row in rows], steps) for name, (rows, steps) in table(Path(folder)).items()}
+
+
+@pytest.mark.slow
+def test_jobs_on_a_ray_cluster_make_the_table_of_one_process_and_resume():
+    for name in ("ray", "hydra_plugins.hydra_ray_launcher"):
+        pytest.importorskip(name, reason="needs pip install 'specvlm[ray]', then pip install --no-deps hydra-ray-launcher")
+    whole()
+    cluster = ["hydra.launcher.ray.init.num_cpus=2", "hydra.launcher.ray.remote.num_gpus=0"]
+    words = [*ASK, *WHOLE, "hydra/launcher=ray", *cluster, "shard=0/2,1/2", "hydra.sweep.dir=rays"]
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "OMP_NUM_THREADS": "1"}
+    env = os.environ | own | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for more in ([], ["resume=true"]):
+        command = [sys.executable, "-m", "specvlm", "-m", *words, *more]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert unordered("rays") == unordered("whole")
+        assert done.stdout.count("3/3") >= 2
+
+
+def test_one_line_says_how_to_install_the_launcher_of_ray(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert sweep("pruner=uniform,random", "hydra/launcher=ray") == 2
+    how = 'pip install "specvlm[ray]", then pip install --no-deps hydra-ray-launcher'
+    assert capsys.readouterr().err == f"specvlm: hydra/launcher=ray is not installed: {how}\n" and not Path("sweep").exists()
 
 
 @pytest.mark.slow
@@ -813,8 +847,9 @@ def test_shapes_of_trees_have_folders_of_their_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["main_table", "ratio_by_pruner", "stage_one_mass", "positions", "tree_shapes", "frames"])
 def test_every_ablation_runs(preset, monkeypatch):
-    """For ratio_by_pruner, whose 28 jobs test_conf.py composes, every pruner at three of the seven ratios."""
-    few = ["dataset.scenes=1", "dataset.ask=question", "max_new_tokens=4", *([] if preset == "frames" else ["frames=4"])]
+    """For ratio_by_pruner, whose 28 jobs test_conf.py composes, every pruner at three of the seven ratios; frames for one."""
+    few = ["dataset.scenes=1", "dataset.ask=question", "max_new_tokens=4"]
+    few += ["pruner=two_stage" if preset == "frames" else "frames=4"]
     few += ["ratio=0,0.5,1"] if preset == "ratio_by_pruner" else []
     plan, checked = [], composing.jobs_of
     monkeypatch.setattr(composing, "jobs_of", lambda configs: plan.extend(checked(configs)) or plan)

@@ -44,16 +44,22 @@ def torchrun(*words: object, seconds: float = 600, gpus: str = "", ranks: int = 
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
 
 
-@pytest.fixture(scope="module")
-def by_ranks(tmp_path_factory) -> list[dict[str, dict[str, list[int]]]]:
+@pytest.fixture(scope="module", params=["decode", pytest.param("decode every", marks=pytest.mark.exhaustive)])
+def by_ranks(request, tmp_path_factory) -> list[dict[str, dict[str, list[int]]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    done = forked.ranks(partial(ranks_worker.run, "decode", folder), folder)
+    done = forked.ranks(partial(ranks_worker.run, request.param, folder), folder)
     assert done.codes == (0, 0), done.err[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_both_ranks_have_the_same_output(by_ranks):
+def test_both_ranks_have_the_same_output_in_every_case(by_ranks):
     assert by_ranks[0] == by_ranks[1]
+    met = {case for family in ranks_worker.FAMILIES for case in by_ranks[0][family]}
+    others = ranks_worker.OF_ONE_ENGINE
+    ours = [case for case, *_ in ranks_worker.CASES if case not in others]
+    assert met >= {f"{case} {engine}" for case in ours for engine in ("eager", "captured")} | {
+        f"{case} captured" for case in others
+    }
 
 
 @pytest.mark.parametrize("family", ranks_worker.FAMILIES)

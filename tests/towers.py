@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from specvlm.app import model_cache
+from specvlm.app.baselines import fingerprint
+from specvlm.models.pauses import Pause
 from specvlm.models.video_lm import VideoLM
+from specvlm.parallel.ranks import ProcessGroup
 from specvlm.types import Features, VideoPrompt
 
 
@@ -28,8 +34,37 @@ def remember_features(lm: VideoLM, known: dict[Hashable, Tensor | Features] | No
             known[key] = compute(prompt)  # of all frames, whatever is kept: a row does not depend on other frames
         return known[key][torch.arange(len(known[key]))]  # a copy
 
-    lm.features = features
+    def encoding(prompt: VideoPrompt, number: int, sight=None, compute=lm.encoding):
+        if sight is not None:
+            return (yield from compute(prompt, number, sight))
+        key = tuple(contents(prompt.videos[number : number + 1]))
+        if key not in known:
+            known[key] = yield from compute(prompt, number)
+        else:
+            yield Pause(lm.device)
+        return known[key][torch.arange(len(known[key]))]
+
+    lm.features, lm.encoding = features, encoding
     return lm
+
+
+_KNOWN: dict[Hashable, dict[Hashable, Tensor | Features]] = {}
+
+
+@contextmanager
+def videos_encoded_once() -> Iterator[None]:
+    """Let the command line's models encode each video once per process: hundreds of commands ask about the same scenes."""
+    real = model_cache.load
+
+    def loading(path, dtype, device, mrope, weights, *rest, **named):
+        lm = real(path, dtype, device, mrope, weights, *rest, **named)
+        shared = any(isinstance(one, ProcessGroup) and one.size > 1 for one in (*rest, *named.values()))
+        return lm if shared else remember_features(lm, _KNOWN.setdefault((fingerprint(path), dtype, weights), {}))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model_cache, "load", loading)
+        yield
+    model_cache.MODEL_CACHE.clear()
 
 
 def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
@@ -40,9 +75,9 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
     """
     known: dict[Hashable, tuple[Tensor, list[Tensor]]] = {}
 
-    def forward(embeds_QD, positions_AQ, cache, mask_QK, collector=None, states=None, compute=lm.forward):
+    def layers(embeds_QD, positions_AQ, cache, mask_QK, collector, states, compute=lm._layers):
         if collector is not None or states is not None or len(embeds_QD) < least:
-            return compute(embeds_QD, positions_AQ, cache, mask_QK, collector, states)
+            return (yield from compute(embeds_QD, positions_AQ, cache, mask_QK, collector, states))
         start, end = cache.length, cache.length + len(embeds_QD)
         stores, seen = [tensor for store in cache.stores for tensor in store], sha256()
         masked = [] if mask_QK is None else [mask_QK]
@@ -51,7 +86,7 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
             seen.update(tensor.numpy().tobytes())
         key = (start, end, len(masked), seen.digest())
         if key not in known:
-            hidden_QD = compute(embeds_QD, positions_AQ, cache, mask_QK)
+            hidden_QD = yield from compute(embeds_QD, positions_AQ, cache, mask_QK, None, None)
             known[key] = hidden_QD, [tensor[:, :, :, start:end].clone() for tensor in stores]
             return hidden_QD.clone()
         hidden_QD, written = known[key]
@@ -60,7 +95,7 @@ def remember_passes(lm: VideoLM, least: int = 1) -> VideoLM:
         cache.advance(end - start)
         return hidden_QD.clone()
 
-    lm.forward = forward
+    lm._layers = layers  # of `forward` and of `prefilling`
     return lm
 
 

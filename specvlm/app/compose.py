@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,10 @@ def composed(words: Sequence[str], mode: RunMode, name: str = "config") -> DictC
     """
     _refuse_lists(words, mode)
     try:
-        cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
+        with warnings.catch_warnings():
+            # Our preset for Ray's launcher has the name that the package gives its own.
+            warnings.filterwarnings("ignore", "(?s).*is validated against ConfigStore schema")
+            cfg = _loader().load_configuration(name, list(words), mode, from_shell=False)
         if mode == RunMode.MULTIRUN:
             _refuse_too_many(cfg)
         folders = {key: str(OmegaConf.select(cfg, key)) for key in FOLDERS}

@@ -4,6 +4,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -28,6 +29,7 @@ from specvlm.parallel import torchrun
 from specvlm.results.rows import CannotWrite
 
 TURNS = "hydra_plugins.specvlm_launcher.TurnsLauncher"  # the launcher that runs every sweep
+RAYS = "hydra_plugins.hydra_ray_launcher"  # the package behind conf/hydra/launcher/ray.yaml
 
 
 class Call:
@@ -212,6 +214,9 @@ def _sweep(cfg: DictConfig, call: Call, context: HydraContext) -> None:
     if written.exists() and not written.is_file():  # Hydra would block on a pipe
         raise UserError(f"{written} is not a file: move it away, or give another folder")
     over = None if compose.is_basic(cfg.hydra.launcher) else cfg.hydra.launcher
+    if over is not None and str(over.get("_target_", "")).startswith(RAYS) and not (find_spec(RAYS) and find_spec("ray")):
+        how = 'pip install "specvlm[ray]", then pip install --no-deps hydra-ray-launcher'
+        raise UserError(f"hydra/launcher=ray is not installed: {how}")
     with open_dict(cfg):
         cfg.hydra.sweep.dir = str(call.folder)  # one folder for all jobs: ${now} differs from job to job
         cfg.hydra.overrides.hydra += quoted([f"{FOLDERS[True]}={call.folder}"], sweep=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from specvlm.app.skeletons import skeleton_of
 from specvlm.config import RunConfig, home, listed, model_folder
 from specvlm.decoding.loop import DecodingGraph
 from specvlm.decoding.prefix_budget import GIB, share_of
@@ -18,13 +19,13 @@ from specvlm.engine import captures_on
 from specvlm.errors import SURROGATE, MissingVideo, UserError, line
 from specvlm.models import memory_plan
 from specvlm.models.known_videos import KnownVideos
-from specvlm.models.load import check_pair, dtype_of, kind_of, skeleton
+from specvlm.models.load import check_pair, dtype_of, kind_of
 from specvlm.models.partition import check_shares
 from specvlm.models.placement import Placement
 from specvlm.models.video_lm import VideoLM
 from specvlm.process.settings import settled
 from specvlm.strategies import Sample, registry
-from specvlm.strategies.fence import inside, needs_of
+from specvlm.strategies.fence import inside, is_ours, needs_of
 from specvlm.types import GenerationOptions, VideoPrompt
 from specvlm.video.clips import find_clip
 from specvlm.video.images import read_image
@@ -112,9 +113,10 @@ class Prepared(Setup, Reading):
 def set_up(cfg: RunConfig, places: Placement) -> Setup:
     """Build strategies and skeletons, and check everything that needs no video. Raises UserError if a check fails."""
     pruner, drafter, verifier = (registry.build(kind, getattr(cfg, kind)) for kind in ("pruner", "drafter", "verifier"))
-    target = skeleton(model_folder(cfg.target.path), cfg.mrope)
+    ours = all(map(is_ours, (pruner, drafter, verifier)))
+    target = skeleton_of(model_folder(cfg.target.path), cfg.mrope, ours)
     target.check_template()
-    draft = skeleton(model_folder(cfg.draft.path), cfg.mrope) if drafter.model == "draft" else None
+    draft = skeleton_of(model_folder(cfg.draft.path), cfg.mrope, ours) if drafter.model == "draft" else None
     vocabulary = check_pair(target, draft) if draft else target.vocabulary
     if places.ranks > 1:
         check_shares(target.hf.config, places.ranks, "target.parallel=tensor", "take target.parallel=layers")

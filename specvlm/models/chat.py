@@ -12,11 +12,15 @@ from typing import Any
 from specvlm.errors import SURROGATE, UserError, explained, line
 from specvlm.models.placeholders import Spelling
 from specvlm.process.child import ChildError, in_child
+from specvlm.process.memo import KeptTexts
 from specvlm.video.settings import read_json
 
 Part = Mapping[str, Any]
 Message = Mapping[str, Any]  # role, and content: a text or parts
 PLAIN = "x"  # a question that no tokenizer can read as anything but text
+UNSTEADY = ("strftime_now", "random", "lipsum")  # with these a template may render the same chat differently
+
+_KEPT = KeptTexts(most=256, longest=2**14)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -100,16 +104,30 @@ def _plain(message: Message) -> Message:
 
 
 def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | None = None) -> list[str]:
-    """Render the prompt text of each chat. The template is untrusted, so its time and memory are limited."""
+    """Render the prompt text of each chat. The template is untrusted, so its time and memory are limited.
+
+    Short results are kept, since jobs and samples often ask the same, and a fork takes 25 ms.
+    """
 
     def render() -> str:
         asked: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
         return json.dumps(tokenizer.apply_chat_template(list(chats), **asked))
 
     try:
-        return json.loads(in_child(render))
+        return json.loads(_KEPT.get(_key(tokenizer, chats, template), lambda: in_child(render)))
     except ChildError as error:
         raise UserError(f"{tokenizer.name_or_path}: the chat template fails: {error}") from None
+
+
+def _key(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | None) -> str | None:
+    """Return all that the rendered text follows from; None if it may differ from call to call, or cannot be written."""
+    source = template or tokenizer.chat_template
+    if not isinstance(source, str) or any(word in source for word in UNSTEADY):
+        return None
+    try:
+        return json.dumps([source, tokenizer.special_tokens_map, chats])
+    except TypeError:  # a part holds pixels
+        return None
 
 
 def checked(messages: Sequence[Message]) -> list[Part]:

@@ -1,5 +1,6 @@
-"""Cache tensors per shape across requests, with copies to detect and undo writes to them."""
+"""Cache results across requests: tensors per shape, with copies to detect and undo writes to them, and short texts."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from threading import RLock
@@ -57,3 +58,32 @@ def restored() -> bool:
             tensor.copy_(copy)
             changed = True
     return changed
+
+
+class KeptTexts:
+    """Texts that take long to make, by what they follow from. Holds nothing but texts.
+
+    Args:
+        most: Texts to keep; the one that was not asked for the longest goes first.
+        longest: Most characters of a key or a text that is kept.
+    """
+
+    def __init__(self, most: int, longest: int) -> None:
+        self.most, self.longest = most, longest
+        self._lock, self._texts = RLock(), OrderedDict[str, str]()
+
+    def get(self, key: str | None, make: Callable[[], str]) -> str:
+        """Return the text of `key`, made by `make` if it is not there. None: it is made each time."""
+        if key is None or len(key) > self.longest:
+            return make()
+        with self._lock:
+            if key in self._texts:
+                self._texts.move_to_end(key)
+                return self._texts[key]
+        text = make()
+        with self._lock:
+            if len(text) <= self.longest:
+                self._texts[key] = text
+            while len(self._texts) > self.most:
+                self._texts.popitem(last=False)
+        return text

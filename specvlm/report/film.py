@@ -87,7 +87,10 @@ def pictures_of(seen: Seen, view: View) -> Iterator[Image.Image]:
 
 
 def cells_of(values: NDArray[np.float32], place: int, grid: TokenGrid) -> NDArray[np.float32]:
-    """Select the tokens of one frame, shape (height, width), from values of all tokens (N,)."""
+    """Select the values of one frame's tokens, (height, width), from those of all tokens, (N,).
+
+    place: Index of the frame.
+    """
     start = place * grid.per_frame
     return values[start : start + grid.per_frame].reshape(grid.height, grid.width)
 

@@ -15,21 +15,21 @@ from specvlm.results.records import Figures, Ran
 
 Row = dict[str, Any]
 STRATEGIES = ("pruner", "drafter", "verifier", "dataset")
-# Keys that the name of a series leaves out: ratio has its own axis, the others only change how a job was observed.
 LOOKS = ("metric", "tracker")  # groups that change no answer
+# Keys that the name of a series leaves out: ratio has its own axis, the others only change how a job was observed.
 APART = ("ratio", "baseline", "record", "threads")
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One configuration over samples.
+    """The results of one configuration on its samples.
 
     Attributes:
         folder: Folder of the job.
         config: Plain configuration.
-        rows: One row per sample that has one, in the data set's order; see `specvlm.results.rows` and `metrics.KEYS`.
-        series: Name that distinguishes the job from others, without the ratio. Jobs that differ only in their ratio
-            share it.
+        rows: The samples' rows, in the data set's order; see `specvlm.results.rows` and `metrics.KEYS`. Samples that
+            the job did not reach have none.
+        series: Name of the job without its ratio, so that jobs that differ only in their ratio share it; see `named`.
     """
 
     folder: Path

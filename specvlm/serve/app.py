@@ -8,7 +8,7 @@ import time
 import traceback
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -19,10 +19,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from specvlm.serve.body import Message, Receive, Send
-from specvlm.serve.chat import Chat
 from specvlm.serve.errors import DRAINING, FAULT, ApiError
 from specvlm.serve.metrics import TYPE
-from specvlm.serve.settings import Keys
+from specvlm.serve.settings import Keys, Settings
 from specvlm.video.clips import FOLDER, names
 
 PAGE = Path(__file__).parent / "page"
@@ -36,6 +35,42 @@ POLICY = (
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY.encode())]
 
 
+class Answering(Protocol):
+    """What answers chat completions: a session in this process, or replicas elsewhere.
+
+    Attributes:
+        settings: The settings.
+        model: Name of the model.
+        draining: Whether nobody is let in any more.
+    """
+
+    model: str
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a chat completion, as an ASGI application."""
+
+    async def defaults(self) -> dict[str, Any]:
+        """Options of a request that sets none."""
+
+    async def view(self, name: str) -> dict[str, Any] | None:
+        """What the drafter saw for the answer of this name, if that is still kept."""
+
+    async def numbers(self) -> bytes:
+        """All numbers, as Prometheus reads them."""
+
+    async def is_ready(self) -> bool:
+        """Whether there is anything to answer with."""
+
+    async def drain(self) -> None:
+        """Let nobody in any more, and wait within a bound until all have ended."""
+
+
 class App:
     """The application.
 
@@ -44,7 +79,7 @@ class App:
         keys: API keys.
     """
 
-    def __init__(self, chat: Chat, keys: Keys) -> None:
+    def __init__(self, chat: Answering, keys: Keys) -> None:
         self.chat = chat
         self._keys, self._local, self._created = keys, _is_local(chat.settings.host), int(time.time())
         v1 = [
@@ -103,7 +138,7 @@ class App:
         return JSONResponse(self._card())
 
     async def _view(self, request: Request) -> Response:
-        if (view := self.chat.views.get(request.path_params["name"])) is None:
+        if (view := await self.chat.view(request.path_params["name"])) is None:
             raise ApiError(404, "there is no view of this answer, or no longer: ask with specvlm.explain", code="no_view")
         return JSONResponse(view, headers={"cache-control": "no-store"})
 
@@ -113,19 +148,19 @@ class App:
         return FileResponse(FOLDER / f"{name}.mp4", media_type="video/mp4")
 
     async def _info(self, request: Request) -> Response:
-        settings, options = self.chat.settings, self.chat.session.options
-        limits = {key: getattr(settings, key) for key in ("max_body_mib", "max_media", "max_frames", "fetch")}
-        strategies = {kind: one.name for kind, one in zip(("pruner", "drafter", "verifier"), options.strategies(), strict=True)}
-        own = {"max_new_tokens": options.max_new_tokens, "ratio": options.ratio}
-        return JSONResponse({"model": self.chat.model, "clips": names(), "limits": limits, "defaults": strategies | own})
+        limits = {key: getattr(self.chat.settings, key) for key in ("max_body_mib", "max_media", "max_frames", "fetch")}
+        told = {"model": self.chat.model, "clips": names(), "limits": limits, "defaults": await self.chat.defaults()}
+        return JSONResponse(told)
 
     async def _health(self, request: Request) -> Response:
-        if self.chat.admission.draining:
+        if self.chat.draining:
             raise ApiError(DRAINING, "the server is shutting down", code="shutting_down")
+        if not await self.chat.is_ready():
+            raise ApiError(DRAINING, "no replica runs now", code="no_replica", headers={"retry-after": "5"})
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(self.chat.metrics.text(), media_type=TYPE)
+        return Response(await self.chat.numbers(), media_type=TYPE)
 
 
 class _Endpoint:

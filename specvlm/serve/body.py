@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers
@@ -18,6 +19,10 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 class Gone(Exception):
     """The client has closed the connection."""
+
+
+class SlowReader(Exception):
+    """The client does not read its answer."""
 
 
 class Body:
@@ -65,3 +70,49 @@ class Body:
 
     def _too_large(self) -> ApiError:
         return ApiError(TOO_LARGE, f"the body has more than {self._most:,} bytes", code="body_too_large", headers=CLOSING)
+
+
+def check_type(headers: Headers) -> None:
+    """Refuse a body that is not JSON, since pages of other sites can send such bodies without a CORS check."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
+
+
+async def sent(send: Send, message: Message, seconds: float) -> None:
+    """Send, and wait while the client's buffer is full. Raises SlowReader if it does not empty in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await send(message)
+    except TimeoutError:
+        raise SlowReader from None
+
+
+def abort(scope: Message) -> None:
+    """Close the connection of a request at once, without the rest of its answer."""
+    scope.get("state", {}).get("abort", bool)()
+
+
+async def until_disconnected(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Answer a request whose body was read, unless its client disconnects.
+
+    Raises the error that ends the answer; Gone if the client disconnects.
+    """
+    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work
+        else:
+            raise Gone
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        with suppress(BaseException):
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -8,12 +8,13 @@ import sys
 import traceback
 from contextlib import suppress
 from time import monotonic, perf_counter
+from typing import Any
 
 from starlette.datastructures import Headers
 
 from specvlm.errors import OutOfMemory, StrategyError, UserError, message, one_line
 from specvlm.serve.admission import Admission
-from specvlm.serve.body import Body, Gone, Message, Receive, Send
+from specvlm.serve.body import Body, Gone, Message, Receive, Send, SlowReader, abort, check_type, sent, until_disconnected
 from specvlm.serve.chat_request import ChatRequest, chat_request
 from specvlm.serve.errors import DRAINING, FAULT, ApiError, bad, busy
 from specvlm.serve.generation import Ended, Event, Failed, Generation, Round, Threads
@@ -32,10 +33,6 @@ STREAM = [
     (b"x-accel-buffering", b"no"),
 ]
 BODIES = 16  # bodies of the largest size that may be held together
-
-
-class SlowReader(Exception):
-    """The client does not read its answer."""
 
 
 class Chat:
@@ -64,17 +61,18 @@ class Chat:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, as an ASGI application. An error before the answer's first byte has its own status."""
-        arrival, body = perf_counter(), Body(self.admission, self.settings.max_body, self.settings.body_timeout)
+        arrival = perf_counter() - _waited(scope)
+        body = Body(self.admission, self.settings.max_body, self.settings.body_timeout)
         try:
             self.admission.check()
-            _check_type(Headers(scope=scope))
+            check_type(Headers(scope=scope))
             raw = await body.read(Headers(scope=scope), receive)
             request = await asyncio.to_thread(chat_request, raw, self.session.options)
             del raw
             if request.model != self.model:
                 told = f"the model {request.model!r} does not exist; this server has {self.model!r}"
                 raise ApiError(404, told, param="model", code="model_not_found")
-            await self._until_disconnected(Answer(self, request, arrival, send, scope), receive, body)
+            await until_disconnected(Answer(self, request, arrival, send, scope).run(body), receive)
         except ApiError as error:
             self.metrics.answered(error.status)
             await error.response()(scope, receive, send)
@@ -83,20 +81,28 @@ class Chat:
         finally:
             body.release()
 
-    async def _until_disconnected(self, answer: Answer, receive: Receive, body: Body) -> None:
-        """Answer a request, unless its client disconnects. Raises an error that ends it before its first byte."""
-        work, gone = asyncio.ensure_future(answer.run(body)), asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-            else:
-                raise Gone
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            with suppress(BaseException):
-                await asyncio.gather(work, gone, return_exceptions=True)
+    @property
+    def draining(self) -> bool:
+        """Whether nobody is let in any more."""
+        return self.admission.draining
+
+    async def defaults(self) -> dict[str, Any]:
+        """Options of a request that sets none."""
+        options = self.session.options
+        strategies = {kind: one.name for kind, one in zip(("pruner", "drafter", "verifier"), options.strategies(), strict=True)}
+        return strategies | {"max_new_tokens": options.max_new_tokens, "ratio": options.ratio}
+
+    async def view(self, name: str) -> dict[str, Any] | None:
+        """What the drafter saw for the answer of this name, if that is still kept."""
+        return self.views.get(name)
+
+    async def numbers(self) -> bytes:
+        """All numbers, as Prometheus reads them."""
+        return self.metrics.text()
+
+    async def is_ready(self) -> bool:
+        """Whether there is anything to answer with: the session."""
+        return True
 
     def prepare(self, request: ChatRequest, body: Body, name: str) -> Asked:
         """Read the prompt of a request. Runs in a thread. Raises ApiError if it cannot be used, or is too long."""
@@ -177,7 +183,7 @@ class Answer:
 
     async def run(self, body: Body) -> None:
         """Wait for a place, then decode and write. Raises ApiError if nothing was written yet."""
-        chat, deadline = self._chat, monotonic() + self._chat.settings.queue_timeout
+        chat, deadline = self._chat, monotonic() + self._chat.settings.queue_timeout - _waited(self._scope)
         await chat.admission.enter(deadline)
         generation = chat.begin(self._request, body, self._name)
         try:
@@ -189,7 +195,7 @@ class Answer:
             chat.metrics.answered(200)
         except SlowReader:
             chat.metrics.cancelled()
-            self._scope.get("state", {}).get("abort", bool)()
+            abort(self._scope)
         except Exception as error:
             told = told_of(error)
             error.__traceback__ = None  # its frames refer to it, and to the request's pixels
@@ -257,12 +263,7 @@ class Answer:
         await self._sent({"type": "http.response.body", "body": content, "more_body": not last})
 
     async def _sent(self, what: Message) -> None:
-        """Send, and wait while the client's buffer is full. Raises SlowReader if it does not empty in time."""
-        try:
-            async with asyncio.timeout(self._chat.settings.write_timeout):
-                await self._send(what)
-        except TimeoutError:
-            raise SlowReader from None
+        await sent(self._send, what, self._chat.settings.write_timeout)
 
 
 def told_of(error: BaseException) -> ApiError:
@@ -279,14 +280,6 @@ def told_of(error: BaseException) -> ApiError:
     return ApiError(FAULT, f"internal server error ({type(error).__name__})", code="server_error")
 
 
-def _check_type(headers: Headers) -> None:
-    """Refuse a body that is not JSON, since pages of other sites can send such bodies without a CORS check."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "send the body as application/json: add the header Content-Type", code="unsupported_media_type")
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Wait until the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _waited(scope: Message) -> float:
+    """Seconds that a request has waited elsewhere before it came here."""
+    return float(scope.get("state", {}).get("waited_s", 0.0))

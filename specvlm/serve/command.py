@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from specvlm.app.terminal import Terminal, loading
 from specvlm.config import EMBEDDED, RunConfig, model_folder
-from specvlm.errors import ExitCode, UserError
+from specvlm.errors import UserError
+
+if TYPE_CHECKING:
+    from specvlm.serve.chat import Chat
+    from specvlm.serve.settings import Settings
+
+S = TypeVar("S", bound="Settings")
 
 PAGE = """
 `python -m specvlm.serve`: answer OpenAI's chat completions with a pair.
@@ -23,47 +29,70 @@ OF_SAMPLES = ("dataset", "metric", "tracker", "image", "baselines", "shard", "ch
 
 def show_help() -> None:
     """Print the help, as wide as the terminal."""
-    from rich.table import Column, Table
-
     from specvlm.serve.settings import HELP
 
+    show(PAGE, HELP)
+
+
+def show(page: str, keys: Mapping[str, str]) -> None:
+    """Print a help page, then keys with their meanings."""
+    from rich.table import Column, Table
+
     own = Table(Column(no_wrap=True), Column(), show_header=False, box=None, padding=(0, 0, 0, 2))
-    for key, meaning in HELP.items():
+    for key, meaning in keys.items():
         own.add_row(f"{key}=…", meaning)
-    Terminal().print(PAGE.strip(), "", own, sep="\n")
+    Terminal().print(page.strip(), "", own, sep="\n")
+
+
+def require(modules: Sequence[str], extra: str) -> None:
+    """Raise UserError if one of the modules that an extra brings is not there."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UserError(f"the server needs {', '.join(missing)}: pip install 'specvlm[{extra}]'")
 
 
 def command(words: Sequence[str]) -> int:
-    """Split `words` into the server's and the run's, check both, load the pair and serve; returns the exit code."""
-    if missing := [name for name in EXTRA if find_spec(name) is None]:
-        raise UserError(f"the server needs {', '.join(missing)}: pip install 'specvlm[serve]'")
+    """Load the pair and serve it; returns the exit code."""
+    require(EXTRA, "serve")
     loading()
-    from specvlm.app import compose
-    from specvlm.app.quoting import quoted
     from specvlm.app.request import threads
     from specvlm.serve.app import App
-    from specvlm.serve.chat import Chat
     from specvlm.serve.reading import SERVER
     from specvlm.serve.server import Server, bound
-    from specvlm.serve.settings import NAMES, Keys, Settings
+    from specvlm.serve.settings import Keys, Settings
 
-    if options := [word for word in words if word.startswith("-")]:
-        raise UserError(f"{options[0]}: the server has no options but --help, which lists its keys")
-    own = [word for word in words if word.partition("=")[0] in NAMES]
-    settings = Settings.of_words(own)
+    settings, cfg = understood(words, Settings)
     keys = Keys(settings.api_keys)
-    cfg = compose.jobs(quoted([word for word in words if word not in own], sweep=False), sweep=False)[0].cfg
     check(cfg)
     with bound(settings) as taken, threads(cfg.threads):
-        if SERVER.works_here:
-            SERVER.start()
-        session = session_of(cfg)
-        server = Server(App(Chat(session, settings, settings.name or name_of(cfg)), keys))
+        server = Server(App(endpoint(cfg, settings, settings.name or name_of(cfg)), keys))
         try:
             server.run(sockets=[taken])
         finally:
             SERVER.stop()
-    return ExitCode.INTERRUPTED if signal.SIGINT in server.heard else ExitCode.OK
+    return server.code
+
+
+def understood(words: Sequence[str], kind: type[S]) -> tuple[S, RunConfig]:
+    """Split `words` into the server's and the run's, and check both. kind: class of the server's."""
+    from specvlm.app import compose
+    from specvlm.app.quoting import quoted
+
+    if options := [word for word in words if word.startswith("-")]:
+        raise UserError(f"{options[0]}: the server has no options but --help, which lists its keys")
+    names = [one.name for one in fields(kind)]
+    own = [word for word in words if word.partition("=")[0] in names]
+    settings = kind.of_words(own)
+    return settings, compose.jobs(quoted([word for word in words if word not in own], sweep=False), sweep=False)[0].cfg
+
+
+def endpoint(cfg: RunConfig, settings: Settings, model: str) -> Chat:
+    """Load a pair, and make the endpoint that answers with it."""
+    from specvlm.serve.chat import Chat
+    from specvlm.serve.reading import SERVER
+
+    if SERVER.works_here:
+        SERVER.start()
+    return Chat(session_of(cfg), settings, model)
 
 
 def check(cfg: RunConfig) -> None:

@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
@@ -25,6 +26,7 @@ REDIRECTS = 5  # most redirects that are followed
 PATIENCE = 10.0  # most seconds to wait for a connection, and for a part of the answer
 LONGEST_URL = 8192
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.ASCII | re.IGNORECASE)
+RESOLVERS = ThreadPoolExecutor(16, "specvlm-resolve")  # names are resolved at once, and a system may take long for each
 HEADERS = [("User-Agent", "specvlm"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
 Address = IPv4Address | IPv6Address
 
@@ -131,12 +133,21 @@ class CheckedBackend(httpcore.SyncBackend):
 
     def connect_tcp(self, host: str, port: int, **options: Any) -> Any:  # type: ignore[override]
         """Resolve a name, check every address, and connect to the first. Raises ApiError if one is not public."""
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        places = [str(place[4][0]) for place in found]
+        places = _resolved(host.strip("[]"), port, _left(self._end))
         if not places or not all(is_public(ip_address(place)) for place in places):
             raise bad(f"{line(host)[:80]} is not a public address", code="address_refused")
         options["timeout"] = _left(self._end, options.get("timeout"))
         return TimedStream(super().connect_tcp(places[0], port, **options), self._end)
+
+
+def _resolved(host: str, port: int, seconds: float) -> list[str]:
+    """Resolve a name, in a thread, since the system's call has no bound on its time. Raises ApiError if it is too slow."""
+    asked = RESOLVERS.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        return [str(place[4][0]) for place in asked.result(seconds)]
+    except TimeoutError:
+        asked.cancel()
+        raise bad(f"{line(host)[:80]} is not resolved in time", code="fetch_failed") from None
 
 
 @cache

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import logging
+import signal
 import socket
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from specvlm.errors import UserError
+from specvlm.errors import ExitCode, UserError
 from specvlm.serve.app import App
 from specvlm.serve.body import Message, Receive, Send
 from specvlm.serve.errors import CLOSING, DRAINING, ApiError, bad
@@ -205,6 +206,11 @@ class Server(uvicorn.Server):
         host, port = (sockets or [])[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"specvlm: {self._app.chat.model} at http://{shown}:{port}", flush=True)
+
+    @property
+    def code(self) -> int:
+        """The exit code after the signals that came."""
+        return ExitCode.INTERRUPTED if signal.SIGINT in self.heard else ExitCode.OK
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """At the first signal, wait for running requests; at the second, end them."""

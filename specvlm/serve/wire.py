@@ -100,7 +100,9 @@ class Completion:
         """Token counts, statistics in vLLM's form, and the settings that were used (`_echo`)."""
         prompt = len(self.asked.reading.prompt)
         new = sum(len(one.result.token_ids) for one in self.ends.values())
-        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        cached = {"cached_tokens": min((one.result.statistics["reused_tokens"] or 0 for one in self.ends.values()), default=0)}
+        tokens = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        usage = tokens | {"prompt_tokens_details": cached}
         steps = [one.steps for one in self.ends.values()]
         return {"usage": usage, "metrics": {"speculative_decoding": speculation(steps)}, "specvlm": self._echo()}
 

@@ -156,6 +156,9 @@ class Penalties:
     presence: float = 0.0
     frequency: float = 0.0
     bias: Mapping[int, float] = field(default_factory=dict)
+    _made: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("presence", "frequency"):
@@ -179,9 +182,17 @@ class Penalties:
             ids, counts = torch.tensor(answer, device=logits_V.device).unique(return_counts=True)
             added_V[ids] -= self.presence + self.frequency * counts.to(added_V.dtype)
         if self.bias:
-            tokens = torch.tensor(list(self.bias), device=logits_V.device)
-            added_V[tokens] += torch.tensor(list(self.bias.values()), device=logits_V.device, dtype=added_V.dtype)
+            tokens, biases = self._bias_like(added_V)
+            added_V[tokens] += biases
         return logits_V + added_V
+
+    def _bias_like(self, added_V: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens with a bias, and the biases, beside a tensor. They are made once."""
+        place = added_V.device, added_V.dtype
+        if place not in self._made:
+            tokens = torch.tensor(list(self.bias), device=added_V.device)
+            self._made[place] = tokens, torch.tensor(list(self.bias.values()), device=added_V.device, dtype=added_V.dtype)
+        return self._made[place]
 
 
 def _built(kind: str, chosen: Any) -> Any:

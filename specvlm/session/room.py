@@ -20,18 +20,20 @@ FOR_CACHES = 0.8  # share of the free memory that the caches of running requests
 
 
 def room_for(models: Sequence[VideoLM], prefixes: PrefixStore | None = None) -> int:
-    """Return the bytes that the caches of concurrent requests may take. Other requests wait.
+    """Return how many bytes the caches of concurrent requests may take together. Requests beyond that wait.
 
-    prefixes: Store whose memory is reserved.
+    Args:
+        models: Loaded models. The caches may take the share FOR_CACHES of what is still free on their devices.
+        prefixes: Store of kept prompts, whose budget on the devices is set aside.
     """
     free = sum(map(free_bytes, {stage.device for model in models for stage in model.stages}))
     return int(FOR_CACHES * (free - (0 if prefixes is None else prefixes.shelf.device_bytes)))
 
 
 def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
-    """Check that models fit, with the caches of `Need.slots` tokens. Raises UserError.
+    """Check that models to be loaded fit into memory, each with a KV cache of `Need.slots` tokens. Raises UserError.
 
-    models: Skeletons of models that are to be loaded, and their devices.
+    models: The need of each model, which may be a skeleton, and its device.
     """
     wanted: dict[torch.device, int] = {}
     for need, device in models:
@@ -41,9 +43,14 @@ def check_models(models: Sequence[tuple[Need, torch.device]]) -> None:
 
 
 def check_request(graph: DecodingGraph, prompt: VideoPrompt, options: GenerationOptions) -> None:
-    """Check that a request's caches, its activations and the passes that it may share fit into memory.
+    """Check that the memory that a request needs is free, before any of it is allocated.
 
-    Free caches count as free memory. Kept prompts are dropped if their memory is needed. Raises UserError.
+    It needs memory for its KV caches, its activations and, if the engine captures passes that several requests share,
+    the buffers of those passes. Unused caches in the pool count as free memory. If memory is still short, the prompts
+    kept in `graph.prefixes` are dropped, all at once.
+
+    Raises:
+        UserError: A device has too little memory.
     """
     models = {"target": graph.target} | ({"draft": graph.draft} if graph.draft is not None else {})
     dtypes = {side: model.dtype for side, model in models.items()}
@@ -83,7 +90,14 @@ def _cache(model: VideoLM, slots: int) -> dict[torch.device, int]:
 
 
 def _check(wanted: Mapping[torch.device, int], held: Mapping[torch.device, int], what: str, how: str) -> None:
-    """Raise UserError if a device has too little memory. held: Bytes that are used again."""
+    """Raise UserError if a device has too little memory.
+
+    Args:
+        wanted: Bytes needed on each device.
+        held: Bytes of unused caches on each device, which the request can take over.
+        what: Start of the message, such as "the models need".
+        how: End of the message: what the user can do.
+    """
     for device, size in wanted.items():
         have = free_bytes(device) + held.get(device, 0)
         if size > have:

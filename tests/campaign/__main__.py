@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make campaign", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(known)}; all where none is named")
     parser.add_argument("--count", type=int, help="attacks of each (each has its own default)")
-    parser.add_argument("--sample", action="store_true", help="as few attacks as the suite makes")
+    parser.add_argument("--sample", action="store_true", help="as few attacks as the whole suite makes")
+    parser.add_argument("--few", action="store_true", help="a third of the sample, as `make test` does")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     unknown = [name for name in options.names if name not in known]
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no campaign {unknown[0]!r}; there are {', '.join(known)}")
     found = 0
     for name in options.names or known:
-        count = options.count or (known[name].SAMPLE if options.sample else known[name].COUNT)
+        module = known[name]
+        sample = getattr(module, "FEW", max(1, module.SAMPLE // 3)) if options.few else module.SAMPLE
+        count = options.count or (sample if options.sample or options.few else module.COUNT)
         found += attack(name, known[name], count, options.seed)
     return 1 if found else 0
 

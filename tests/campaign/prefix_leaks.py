@@ -27,6 +27,7 @@ from specvlm.strategies.verifiers.greedy import GreedyVerifier
 from specvlm.types import GenerationOptions, VideoPrompt
 
 COUNT, SAMPLE = 500, 8
+FEW = SAMPLE  # fewer find no beginning of a prompt that is kept
 BUDGET = 150_000  # bytes: two or three prompts
 GROWTH_MB = 32  # over the second half: what the allocator of the C library keeps or gives back
 AT_ONCE = 4

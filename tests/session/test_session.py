@@ -16,6 +16,7 @@ from session_pairs import CHAIN, COUPLED, FAMILIES, QUESTION, UNLIKE, clip, leas
 from specvlm import DecodingGraph, GenerationOptions, GenerationResult, TextStream, UserError, autoregressive, registry
 from specvlm.errors import StrategyError
 from specvlm.results.metrics import tokens_of
+from specvlm.session.options import Penalties
 from specvlm.strategies.pruners.uniform import UniformPruner
 from specvlm.strategies.verifiers.greedy import GreedyVerifier
 
@@ -150,6 +151,16 @@ def test_changes_to_the_targets_logits_keep_the_output_the_targets_own(change, v
     for drafter in (CHAIN, "tree"):
         found = ask(of, check=True, verifier=verifier, drafter=drafter, max_new_tokens=14, **CHANGES[change])
         assert found.verdict == "identical"
+
+
+def test_tensors_of_biases_are_made_once_for_each_place(monkeypatch):
+    rule, made = Penalties(presence=1.0, bias={3: 2.0, 5: -4.0}), []
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *given, **options: made.append(given) or real(*given, **options))
+    for dtype, count in ((torch.float32, 2), (torch.float32, 2), (torch.bfloat16, 2), (torch.float64, 4)):
+        found = rule([], torch.zeros(8, dtype=dtype))
+        assert found.tolist() == [0, 0, 0, 2, 0, -4, 0, 0] and len(made) == count
+    assert rule == Penalties(presence=1.0, bias={3: 2.0, 5: -4.0}) != Penalties(presence=1.0, bias={3: 2.0})
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_cases import FAMILIES, conversations, media, messages
+from covering import sampled
 
 from specvlm import Clip
 from specvlm.config import model_folder
@@ -34,8 +35,7 @@ def spelt_out(runs: list) -> list[int]:
     return [token for run in runs for token in ([run[0]] * run[1] if isinstance(run, list) else [run])]
 
 
-@pytest.mark.parametrize("number", range(30))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("number", "family"), sampled(range(30), FAMILIES))
 def test_a_conversation_makes_the_prompt_of_hugging_faces_processor(family, number):
     (case,) = [case for case in FROZEN if (case["family"], case["number"]) == (family, number)]
     conversation = conversations()[number]

@@ -81,10 +81,13 @@ def _rope_kernel(
     S: tl.constexpr, H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write rotated queries to q (Q, H, D), rotated keys and values to slots base + at + row. Grid (Q, H + 2 J).
+    """Sum the S parts of queries, keys and values, and rotate queries and keys. Grid (Q, H + 2 J).
 
-    NORM: queries and keys pass through an RMSNorm of their own first. MANY: rows belong to several requests (see
-    `contexts.py`); base_ptr then is their table, and k_ptr and v_ptr are its anchor.
+    Queries go to q (Q, H, D), keys and values to cache slots base + at + row.
+
+    BIAS: add the biases b0, b1 and b2 of queries, keys and values. NORM: queries and keys go through an RMSNorm with
+    the weights norm_q and norm_k before they are rotated. MANY: the rows belong to several requests, and each writes to
+    the cache of its own. base_ptr is then `Contexts.table_B4`, and k_ptr and v_ptr are `Contexts.anchor`.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -151,7 +154,7 @@ def _rope_kernel(
 def add_norm(
     x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full"
 ) -> tuple[Tensor, Tensor | Narrow]:
-    """Compute x + the sum of parts, if any, and the RMSNorm of that times the weight; both (Q, K)."""
+    """Compute sum = x + (the sum of the parts, if any) and y = RMSNorm(sum) * weight, both (Q, K)."""
     rows, width = x_QK.shape
     total = torch.empty_like(x_QK)
     y = torch.empty_like(x_QK) if kind == "full" else Narrow.empty(rows, width, kind, x_QK.device)

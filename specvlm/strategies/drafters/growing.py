@@ -22,8 +22,9 @@ from specvlm.models.passes import Passes, driven
 class Growth:
     """Sizes and thresholds of a tree, known before the first pass, so that one captured program serves every round.
 
-    A drafter's own rule picks the nodes of the tree, called inner nodes, and those of them that get children, called
-    open nodes. The root is both. Sizes are fixed, so the most probable other nodes fill places left free.
+    A drafter's rule, given by `shares` and `least`, marks candidates as inner or open. Inner nodes belong to the tree,
+    even as leaves. Open nodes are the inner nodes that get children. The root is both. `rows` and `step` are fixed, so
+    if the rule marks fewer nodes, the most probable other candidates fill the gap.
 
     Attributes:
         columns: Maximum number of children of a node, per level.
@@ -63,7 +64,7 @@ class Grown(NamedTuple):
     confidence_1: Tensor
 
     def packed(self) -> Tensor:
-        """Pack the tree into (3 M + 2,) integers, tokens first, so that the host reads it at once."""
+        """Pack the tree into (3 M + 2,) integers, tokens first, so that the host reads all of it in one transfer."""
         confidence = self.confidence_1.double().view(torch.int64)
         return torch.cat([self.tokens_M, self.parents_M, self.rows_M, self.count_1, confidence])
 
@@ -79,8 +80,9 @@ def unpacked(integers: list[int]) -> tuple[list[int], tuple[int, ...], list[int]
 def grow(root_1: Tensor, logits_1V: Tensor, growth: Growth, expand: Callable[[Tensor, int, Tensor], Any]) -> Passes[Grown]:
     """Grow a tree below a root token and cut it back, without reading a tensor on the host.
 
-    `Growth` says what inner and open nodes are. Rows of a pass that open nodes leave free go to the most probable other
-    nodes, since unused rows would cost as much. So do places that inner nodes leave free up to the next `growth.step`.
+    `Growth` defines inner and open nodes. A pass has a fixed number of rows. With fewer open nodes than rows, the most
+    probable other candidates are expanded too, since unused rows would cost as much. Likewise, the most probable other
+    candidates fill the tree up to the next multiple of `growth.step` nodes.
 
     Args:
         root_1: Token of the root.

@@ -19,10 +19,10 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def mvbench(answer: Answer) -> float:
-    """MVBench: an answer is right if its first word contains the letter as in "(a)", or is a part of it.
+    """MVBench: right if the first word contains the right letter as "(a)", or if "(a)" contains the word.
 
-    The script has the model continue from "Best option:(", and the "(" counts as part of the answer. Dots are dropped.
-    So an empty answer is right, since "(" is part of every option.
+    The script has the model continue from "Best option:(", so every first word begins with "(". Case is ignored, and
+    the second test also ignores dots. So "A." is right, and so is an empty answer, whose word is "(".
     """
     right = f"({_last_letter(answer)})".lower()
     line = "(" + answer.text.strip().removeprefix("(").strip().split("\n")[0]
@@ -37,7 +37,7 @@ def mlvu(answer: Answer) -> float:
 
 
 def video_mme(answer: Answer) -> float | None:
-    """Video-MME: the first capital A to D after PREFIXES. An answer without one is not counted."""
+    """Video-MME: the first capital A to D once VIDEO_MME_PREFIXES are removed; None if there is none."""
     found = _first_capital(answer.text, "ABCD", VIDEO_MME_PREFIXES)
     return None if found is None else float(found == answer.letter)
 
@@ -48,9 +48,9 @@ def video_mme_all(answer: Answer) -> float:
 
 
 def long_video_bench(answer: Answer) -> float:
-    """LongVideoBench: the first capital A to E after OTHER_PREFIXES.
+    """LongVideoBench: the first capital A to E once OTHER_PREFIXES are removed.
 
-    The script draws an option for an answer without one. Here such an answer gets the mean of all draws.
+    For an answer without one, the script picks an option at random. Here it gets the expected score of that pick.
     """
     found = _first_capital(answer.text, "ABCDE", OTHER_PREFIXES)
     return 1 / len(answer.options) if found is None else float(found == answer.letter)
@@ -111,7 +111,11 @@ def _first_capital(text: str, letters: str, prefixes: Sequence[str]) -> str | No
 
 
 def _without_punctuation(text: str) -> str:
-    """Remove punctuation as VQA's evaluation does: a mark beside a space vanishes, any other becomes a space."""
+    """Remove punctuation as VQA's evaluation does.
+
+    A mark that stands next to a space anywhere in the text is removed throughout. So are all marks if the text has a
+    comma between digits. Other marks become spaces. Dots are removed, except before a digit.
+    """
     grouped = re.search(r"\d,\d", text) is not None
     told = text
     for mark in PUNCTUATION:

@@ -29,23 +29,25 @@ class SamplingVerifier(Verifier):
     One trial gives y with probability min(p, q)(y) + (1 - sum min(p, q)) * norm(max(p - q, 0))(y) = p(y). By induction
     over the trials the node has the distribution p, and by induction over the depth so does the path.
 
-    Exact means: given everything before it, each token has the distribution of `first`. This requires that the children
-    were drawn from q without replacement, in node order, and that none was dropped or moved depending on the draw. If q
-    has fewer tokens than the node has children, the rest may be any tokens. Siblings may share a token: the second one
-    is never accepted. Ids that only one model knows have probability 0 in the other.
+    Exact means: given everything before it, each token has the same distribution as without guesses
+    (`Verifier.first`). This requires that the children were drawn from q without replacement, in node order, and that
+    none was dropped or moved depending on the draw. If q has fewer tokens than the node has children, the rest may be
+    any tokens. Siblings may share a token: the second one is never accepted. Ids that only one model knows have
+    probability 0 in the other.
 
     Sources: Leviathan et al. (arXiv 2211.17192, section 2.3) and Chen et al. (2302.01318) for one guess; SpecInfer's
     multi-step speculative sampling (2305.09781) for several; Sequoia (2402.12374) without replacement, the rule used
     here. Deviations: none.
 
     Cost: all nodes are decided at once in float64: a few passes over (M, V), and one more over the siblings per trial.
-    Two uniform numbers per node are drawn on the generator's device, for any outcome, and moved to the logits.
+    Two uniform numbers per node are drawn, whatever is accepted, on the generator's device, and moved to the device of
+    the logits.
     Limits: a seed may give different output on two devices.
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
-        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
+        top_k: Keep this many of the most likely tokens, and those that tie with the last of them; 0 is off.
+        top_p: Keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off.
 
     Raises:
         ValueError: A field is out of range, q has another length than the tree, or the logits give no distribution
@@ -124,7 +126,7 @@ def odds(tree: DraftTree, p_MV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn_from(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor | None) -> Tensor:
-    """Return (n, V) the distribution that x was drawn from: q normalized, or the point mass at x if q(x) = 0."""
+    """Return the distribution that x was drawn from, (n, V): q normalized, or the point mass at x if q(x) = 0."""
     point_nV = torch.zeros_like(p_nV).scatter(-1, x_n1, 1.0)
     if q_nV is None:
         return point_nV
@@ -143,7 +145,11 @@ def _try(x_n1: Tensor, p_nV: Tensor, q_nV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Decide every node as if the path reached it: (M,) the accepted child, 0 for none, and (M,) the bonus token."""
+    """Decide every node as if the path reached it.
+
+    Returns:
+        The accepted child of each node, (M,), 0 if there is none; the bonus token below each node, (M,).
+    """
     dice_M, dice_bonus_M = uniform.chunk(2)
     taken_M = dice_M < accept_M
     next_M = torch.zeros_like(taken_M, dtype=torch.int64)
@@ -154,7 +160,7 @@ def _decide(tree: DraftTree, accept_M: Tensor, rest_MV: Tensor, uniform: Tensor)
 
 
 def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
-    """Draw (n,) one token per row by inverting the cumulative sum of p; -1 if that sum is not finite.
+    """Draw one token per row, (n,), by inverting the cumulative sum of p; -1 if that sum is not finite.
 
     Only tokens with p > 0 count as hits: a parallel cumulative sum may grow by rounding where p is 0.
     """
@@ -168,7 +174,7 @@ def _draw(p_nV: Tensor, uniform_n: Tensor) -> Tensor:
 
 @remembered()  # never freed: captured steps refer to them by address
 def _trials(parents: tuple[int, ...], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """For each trial r from 0 on, list (n,) the nodes with more than r children, and (n,) child r of each. Cached."""
+    """List, for each trial r from 0 on, the nodes with more than r children, and child r of each, both (n,). Cached."""
     below, trials = children_of(parents), list[Tensor]()
     for trial in range(max(map(len, below))):
         pairs = [(node, children[trial]) for node, children in enumerate(below) if len(children) > trial]

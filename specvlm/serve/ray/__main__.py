@@ -1,0 +1,16 @@
+"""`python -m specvlm.serve.ray`: the server over replicas of the pair, on Ray Serve; --help lists its keys."""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from specvlm.app.cli import run_command
+    from specvlm.serve.ray.command import command, show_help
+
+    return run_command(argv, show_help, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
