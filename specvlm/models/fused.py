@@ -3,7 +3,8 @@
 Between their matrix products, the modules of a vision tower or a language model read and write each row a dozen times; the
 kernels of `fused_kernels.py` do so once. This is the one place that says which form runs. On a GPU in 16 bits it is the
 fused one, for target and draft, in every pass through these modules: an answer's arithmetic is the same with and without a
-draft. In float32 and on a CPU, Hugging Face's own code runs, and so it does wherever Hugging Face is asked itself.
+draft. In float32 and on a CPU, Hugging Face's own code runs, and so it does where its modules are called outside of a
+pass: `check=hf` has a copy of the model, since another thread's pass would otherwise lend it the fused forms.
 
 Whether a form computes what its module does is tried when a model is wrapped, on a few random rows. A module whose result
 differs, or that raises an error, stays as it is.

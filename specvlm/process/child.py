@@ -44,6 +44,10 @@ def in_child(action: Callable[[], str]) -> str:
             pid = os.fork()
             if not pid:
                 _answer(action, sink)
+        except OSError as error:
+            os.close(source)
+            os.close(sink)
+            raise ChildError(f"the system cannot start a process for it ({error.strerror})") from None
         finally:
             if collects:
                 gc.enable()
