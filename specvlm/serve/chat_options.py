@@ -67,8 +67,8 @@ def _verifier(body: ChatBody, default: Options) -> Any:
     asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": None if body.top_k is None else max(body.top_k, 0)}
     if body.temperature is not None and body.temperature < 0.001:
         return "greedy"  # too small for a verifier
-    kept = values if name in ("coupled", "sampling") else {}
-    return {"name": name if kept else "coupled"} | kept | {key: value for key, value in asked.items() if value is not None}
+    is_random = name in ("coupled", "sampling")
+    return {"name": name if is_random else "coupled"} | (values if is_random else {}) | {key: value for key, value in asked.items() if value is not None}
 
 
 def _named(strategy: Any) -> tuple[str, dict[str, Any]]:
