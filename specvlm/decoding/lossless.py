@@ -106,9 +106,9 @@ def compare(
 def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
     """Whether any difference is an error: the engine is exact, and prefills this prompt the same way in every run.
 
-    An exact engine runs the text after the last video or image in fixed slices. If there is no video, or an image
-    follows the last one, other rows are prefilled too. More than CHUNK of these take several passes in most runs, but a
-    single pass in a run that collects the attention of all rows, so two runs may round differently.
+    An exact engine runs the text after the last video or image in fixed slices. Rows between the last video and that
+    text, or all rows if there is no video, are prefilled in passes of at most CHUNK rows, but in a single pass if a run
+    collects the attention of all rows. So with more than CHUNK such rows, two runs may round differently.
     """
     once = 0 < prompt.cut == prompt.text or len(prompt) - prompt.cut <= CHUNK
     return engine is not None and engine.exact(target) and once
