@@ -92,8 +92,8 @@ class Narrow:
 def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[str, Any]:
     """Return a kernel's keyword arguments for a tiling: warps, stages and PDL.
 
-    On a GPU with less shared memory than Hopper, there is no dependent launch, and fewer stages run if they do not fit. The number
-    of stages changes no bit of a result.
+    On a GPU with less shared memory than Hopper, there is no dependent launch, and fewer stages run if they do not fit.
+    The number of stages changes no bit of a result.
 
     Args:
         tile: The tiling, tuned on Hopper.
