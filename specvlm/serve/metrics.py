@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, under vLLM's names, so that its dashboards work."""
+"""Metrics for Prometheus. They have vLLM's names, so that with `metrics_prefix=vllm` its dashboards work."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counts requests.
+    """Counts requests, tokens and rounds, and measures latencies.
 
     Args:
         session: Session whose scheduler and caches are read when metrics are collected.
-        admission: The queue.
+        admission: Queue whose requests and bytes are read then, too.
         model: Name of the model, used as a label.
-        prefix: Prefix of the names.
+        prefix: Prefix of the metrics' names, without the colon.
     """
 
     def __init__(self, session: Session, admission: Admission, model: str, prefix: str) -> None:
@@ -38,7 +38,7 @@ class Metrics:
         self._drafts = self._counter("spec_decode_num_drafts", "Rounds with guesses")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "Guesses checked")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Guesses accepted")
-        self._positions = self._counter("spec_decode_num_accepted_tokens_per_pos", "By depth in the tree, from 0", "position")
+        self._positions = self._counter("spec_decode_num_accepted_tokens_per_pos", "Accepted, by depth", "position")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts")
         self._generated = self._counter("generation_tokens", "Tokens of answers")
         self._success = self._counter("request_success", "Answers that ended", "finished_reason")
@@ -64,13 +64,24 @@ class Metrics:
         self._cancelled.labels(self._model).inc()
 
     def started(self, arrival: float, prompt: int) -> None:
-        """Count a request that starts. arrival: by `perf_counter`; prompt: its tokens."""
+        """Count a request that starts.
+
+        Args:
+            arrival: When it arrived, by `perf_counter`.
+            prompt: Number of tokens of its prompt.
+        """
         self._queued.labels(self._model).observe(perf_counter() - arrival)
         self._prompt.labels(self._model).inc(prompt)
         self._lengths.labels(self._model).observe(prompt)
 
     def round(self, one: Round, before: float | None, arrival: float) -> None:
-        """Count a round. before: When the round before ended; None for the first one."""
+        """Count a round of an answer.
+
+        Args:
+            one: The round.
+            before: When the answer's previous round ended, by `perf_counter`; None in the first round.
+            arrival: When the request arrived, by `perf_counter`.
+        """
         self._generated.labels(self._model).inc(len(one.step.tokens))
         if before is None:
             self._first.labels(self._model).observe(one.at - arrival)
@@ -80,7 +91,7 @@ class Metrics:
         self._speculated(one.step)
 
     def ended(self, one: Ended, arrival: float) -> None:
-        """Count an answer that has ended."""
+        """Count an answer that has ended. arrival: When its request arrived, by `perf_counter`."""
         self._success.labels(self._model, one.result.finish_reason).inc()
         self._answers.labels(self._model).observe(len(one.result.token_ids))
         self._whole.labels(self._model).observe(perf_counter() - arrival)
@@ -102,7 +113,7 @@ class Metrics:
 
 
 class _Engine:
-    """Metrics that are read when they are collected."""
+    """Collector that reads the queue, the scheduler and the caches at each request for metrics."""
 
     def __init__(self, session: Session, admission: Admission, prefix: str, model: str) -> None:
         self._session, self._admission, self._prefix, self._model = session, admission, prefix, model
@@ -119,11 +130,11 @@ class _Engine:
         return [
             self._gauge("num_requests_running", "Requests being read or decoded", admission.running),
             self._gauge("num_requests_waiting", "Requests that wait", admission.waiting),
-            self._gauge("body_bytes", "Bytes of bodies that are held", admission.held_bytes),
+            self._gauge("body_bytes", "Bytes of request bodies held in memory", admission.held_bytes),
             self._gauge("cache_bytes", "Bytes of KV caches, free ones included", every),
             self._gauge("leased_cache_bytes", "Bytes of KV caches that requests lease", leased),
             self._count("passes_asked", "Passes that requests asked for", scheduler.asked),
-            self._count("passes_run", "Calls of the engine that served them: fewer, since requests share them", scheduler.run),
+            self._count("passes_run", "Engine calls that ran these passes: fewer if calls are shared", scheduler.run),
         ]
 
     def _gauge(self, name: str, what: str, value: float) -> GaugeMetricFamily:

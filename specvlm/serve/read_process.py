@@ -98,7 +98,19 @@ def described(path: Path, reader: str, limits: Limits) -> VideoInfo:
 
 
 def bounded(info: VideoInfo, sampling: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """Bound how a video is sampled. Raises UserError if there would be too many frames, or too many bytes of them."""
+    """Lower `max_frames` of a request's sampling to the limit.
+
+    Args:
+        info: Description of the video.
+        sampling: Arguments of `read_video` that say which frames to read.
+        limits: Bounds of the video.
+
+    Returns:
+        The arguments to read with.
+
+    Raises:
+        UserError: There would be too many frames, or too many bytes of them.
+    """
     most = min(sampling.get("max_frames", MAX_FRAMES), limits.frames)
     count = sampling.get("frames") or min(most, int(info.duration * sampling.get("fps", info.fps)) + 4, info.frames)
     if count > limits.frames:

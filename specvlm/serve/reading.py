@@ -35,7 +35,7 @@ STARTING_S = 60.0  # seconds that the first video may wait for the process to st
 
 
 class Told(BaseModel):
-    """The process's description of a clip."""
+    """Description of a clip as the process sends it, checked since the process is not trusted."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class ReadServer:
         return sys.platform == "linux"
 
     def start(self) -> socket.socket:
-        """Start the process, unless it runs. Does not wait for its imports, which take seconds."""
+        """Start the process unless it runs, and return the socket to it. Does not wait for its slow imports."""
         with self._starting:
             if self._control is None or self._process is None or self._process.poll() is not None:
                 self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -94,12 +94,12 @@ SERVER = ReadServer()
 
 
 def read_clip(target: VideoLM, path: Path, options: Options, limits: Limits) -> Clip:
-    """Read the frames of a file that the target sees.
+    """Read a video file, and sample the frames that the target sees.
 
     A file that crashes, blocks or exhausts the reader only ends the reader's process.
 
     Raises:
-        UserError: It cannot be read within the limits. The message does not name the file.
+        UserError: The file cannot be read within the limits. The message does not name it.
     """
     try:
         if not SERVER.works_here:

@@ -27,7 +27,7 @@ MORE_CONNECTIONS = 256  # beyond requests that run or wait
 
 
 def bound(settings: Settings) -> socket.socket:
-    """Bind the port before models are loaded. Raises UserError if that is not possible."""
+    """Bind the port and return its socket, before models are loaded. Raises UserError if that is not possible."""
     where = f"host={settings.host} port={settings.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
@@ -63,7 +63,7 @@ class Protocol(H11Protocol):
         self._behind = 0  # bytes that arrived after the body of the running request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for headers."""
+        """Begin to wait for headers. Beyond `most_connections`, `full` answers instead of the application."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "abort": transport.abort}
         if len(self.connections) > self.most_connections:
@@ -95,7 +95,10 @@ class Protocol(H11Protocol):
             super().timeout_keep_alive_handler()
 
     def data_received(self, data: bytes) -> None:
-        """Take data; wait for the rest of the headers if they are not complete."""
+        """Take data. If headers are not complete, begin to wait for the rest.
+
+        Aborts the connection if too much arrives behind a request that is not answered yet.
+        """
         if self._answers:
             self._behind += len(data)
             if self._behind > MOST_HEADERS:
@@ -109,7 +112,7 @@ class Protocol(H11Protocol):
             self._wait()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, if its headers have begun already."""
+        """Go on to the next request if it has arrived. If the connection closes, wait for the client to read."""
         self._behind = 0
         super().on_response_complete()
         self._stop()
@@ -164,10 +167,10 @@ async def full(scope: Message, receive: Receive, send: Send) -> None:
 class Server(uvicorn.Server):
     """uvicorn's server with a graceful shutdown. The first signal refuses new requests and lets running ones end.
 
-    They get `shutdown_timeout` seconds. The second signal ends the server at once.
+    Running requests get `shutdown_timeout` seconds. The second signal ends the server immediately.
 
     Attributes:
-        heard: Signals received.
+        heard: Numbers of the signals received.
     """
 
     def __init__(self, app: App) -> None:

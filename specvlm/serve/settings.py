@@ -43,7 +43,7 @@ HELP = {
     "max_clip_mib": "most MiB of all sampled frames and images of a request, before they are resized (1024)",
     "read_timeout": "seconds in which a video must be read, or fetched (60)",
     "max_prompt_tokens": "most tokens of a prompt (null: what the target's positions allow)",
-    "max_answer_tokens": "most tokens of an answer, and of all of `n` (null: what the target's positions allow)",
+    "max_answer_tokens": "most tokens of an answer, and of all `n` together (null: what the target's positions allow)",
     "metrics_prefix": "prefix of the names in /metrics: specvlm or vllm (specvlm)",
 }
 
@@ -120,7 +120,11 @@ assert set(HELP) == set(NAMES)
 
 
 class Keys:
-    """The API keys, as hashes. None allows everybody.
+    """The API keys, as hashes. If there are no keys, every request is allowed.
+
+    Args:
+        file: File of keys, one per line; None for no file.
+        variables: Environment variables, of which `KEY_VARIABLE` adds a key.
 
     Raises:
         UserError: The file cannot be read, or has no key.
@@ -140,7 +144,7 @@ class Keys:
         return bool(self._hashes)
 
     def allow(self, header: str | None) -> bool:
-        """Whether an Authorization header carries one of the keys. Takes the same time for any key."""
+        """Whether a request with this Authorization header is allowed. Takes the same time for any key."""
         if not self._hashes:
             return True
         scheme, _, key = (header or "").partition(" ")

@@ -36,11 +36,11 @@ class Completion:
     Attributes:
         request: The request.
         model: Name of the model.
-        asked: The prompt that was read.
+        asked: The request's options, graph and prompt.
         tokenizer: Tokenizer that decodes tokens.
         name: The completion's id.
-        created: Time of the request, in seconds.
-        ends: Answers that have ended.
+        created: Unix time of the request, in seconds.
+        ends: Answers that have ended, by number.
     """
 
     request: ChatRequest

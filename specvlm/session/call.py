@@ -29,7 +29,7 @@ class Requests:
     Attributes:
         scheduler: Runs the requests.
         caches: KV caches that requests lease.
-        prefixes: Kept rows of their prompts; None if nothing is kept.
+        prefixes: KV cache rows of earlier prompts, to reuse; None if nothing is kept.
     """
 
     def __init__(
@@ -38,12 +38,15 @@ class Requests:
         self.scheduler, self.caches, self._watch, self.prefixes = scheduler, caches, watch, prefixes
 
     def submit(self, work: Decoding, strategies: Sequence[Strategy] = (), size: int = 0) -> Call:
-        """Submit a request. It waits until there is room.
+        """Submit a request. It starts once there is memory for its caches; this method does not wait for that.
 
         Args:
-            work: The request.
-            strategies: Strategies that take part in it.
-            size: Bytes of its caches.
+            work: Generator that decodes the request.
+            strategies: Strategies that take part in the request.
+            size: Bytes of the request's KV caches.
+
+        Raises:
+            UserError: There can never be room for the request.
         """
         return Call(self, self._watch.over(work, strategies), size)
 
@@ -56,13 +59,13 @@ class Requests:
         speculate: bool = True,
         started: Callable[[], object] = bool,
     ) -> Call:
-        """Submit a request to a graph. The request fails at its start if memory does not suffice.
+        """Submit a request to decode a prompt. The request fails at its start if memory does not suffice.
 
         Args:
             graph: The models and strategies.
             prompt: The prompt.
             options: The request's options.
-            prefixes: Use this store instead of the graph's.
+            prefixes: Store of KV cache rows to use instead of the graph's.
             speculate: False decodes with the target alone.
             started: Called once there is room for the request.
 
@@ -83,7 +86,7 @@ class Requests:
 
 
 class Call:
-    """A submitted request: an iterator of its steps. Any thread may cancel it.
+    """A submitted request. Iterate over it for its steps. Any thread may cancel it.
 
     Attributes:
         cancelled: Whether it was cancelled before its end.
@@ -189,7 +192,11 @@ def begun(
 
 @contextmanager
 def shared_by(graph: DecodingGraph, prompt: VideoPrompt, count: int) -> Iterator[PrefixStore | None]:
-    """Yield a store in which `count` requests share the prefill of their prompt: the graph's, or one for this block."""
+    """Yield the store of KV cache rows in which `count` requests share the prefill of their prompt.
+
+    That is the graph's own store, maybe None, if there is one request or the prompt takes at most half of that store.
+    Otherwise it is a new store, for this block only.
+    """
     own, size = graph.prefixes, kv_bytes(graph.target, len(prompt), graph.target.dtype)
     if count < 2 or (own is not None and 2 * size <= own.shelf.device_bytes):
         yield own

@@ -71,7 +71,7 @@ class Speculation:
 
     def __init__(self, draft: Any, processor: str | Path | None, engine: str, options: dict[str, Any]) -> None:
         self._draft, self._processor, self._engine, self._options = draft, processor, engine, options
-        # With the target's tensors when the session was made, which shares them.
+        # The target's tensors are kept beside the session, which shares them, to notice that they were replaced.
         self._sessions: WeakKeyDictionary[Any, tuple[Session, list[Tensor]]] = WeakKeyDictionary()
         self._loading = Lock()
 

@@ -1,6 +1,6 @@
 """Translate the arguments that Hugging Face's `generate` passes to a decoding method: config, processors, criteria.
 
-Shape suffixes: T tokens so far, V vocabulary.
+Shape suffixes: S tokens of the prompt, T tokens so far, A axes of positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from specvlm.strategies import Sampling
 WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
 OTHER_WARPERS = frozenset(
     f"{name}LogitsWarper" for name in ("MinP", "Typical", "Epsilon", "Eta", "TopH")
-)  # rules of sampling that the sampling verifier does not have
+)  # sampling rules that the verifier "sampling" does not have
 # Processors whose result depends on more than the token ids and the logits.
 STATEFUL = frozenset({"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"})
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -60,7 +60,12 @@ def check_config(config: Any, others: Mapping[str, Any]) -> None:
 
 
 def check_positions(given: Tensor | None, own_AS: Tensor) -> None:
-    """Raise UserError for positions that are not the model's own. given: (axes, 1, S), with or without a text axis."""
+    """Raise UserError for positions other than the model's own, or 0 to S - 1 on all axes.
+
+    Args:
+        given: (A, 1, S), (A + 1, 1, S) with a text axis first, or (1, S); None for no positions.
+        own_AS: The model's own.
+    """
     if given is None:
         return
     theirs_AS = (given[-len(own_AS) :, 0] if given.ndim == 3 else given[:1]).cpu()
@@ -70,9 +75,10 @@ def check_positions(given: Tensor | None, own_AS: Tensor) -> None:
 
 
 def sampling_of(processors: Sequence[Any], config: Any) -> tuple[Sampling, list[Any]]:
-    """Split processors into sampling settings and the processors that change logits before them.
+    """Split processors into sampling settings and the processors before them, which change logits.
 
-    Raises UserError for one that cannot be applied to guesses, or is not in the order in which `Sampling` applies them.
+    Raises UserError for a processor that cannot be applied to guesses, or if settings are in another order than that
+    in which `Sampling` applies them.
     """
     settings: dict[str, Any] = {}
     rest, order = [], list(WARPERS.values())
@@ -117,7 +123,11 @@ class Processors:
 
 
 class Ending:
-    """Cuts an answer where Hugging Face's stopping criteria end it. They are called after every token."""
+    """Cuts an answer where Hugging Face's stopping criteria end it. They are called after every token.
+
+    Attributes:
+        done: Whether the answer has ended.
+    """
 
     def __init__(self, criteria: Any, prompt_S: Tensor, device: torch.device) -> None:
         self._criteria, self._ids_1T = criteria, prompt_S[None].to(device)
@@ -139,7 +149,7 @@ def streamer_of_caller() -> Any:
     """Return the streamer that was given to the running `generate`; None if there is none.
 
     transformers 5.17 to 5.23 do not pass it on to a callable: `_extract_generation_mode_kwargs` drops it. It is a local
-    variable of `generate`, whose frame is looked for here. Otherwise the streamer would never see the answer's end.
+    variable of `generate`, whose frame is looked for here. Without this, the streamer would never see the answer's end.
     """
     frame = sys._getframe(1)
     while frame is not None:

@@ -41,7 +41,7 @@ class Source:
     Attributes:
         target: The target.
         options: How videos are sampled.
-        known: Files whose videos are known; None to decode every one.
+        known: Remembers files that were read before; None to decode every file.
     """
 
     target: VideoLM
@@ -59,10 +59,10 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
             the name of an embedded clip, a file's bytes, an array or a tensor, a list of frames, or a `Clip`.
         images: An image or several: paths, bytes, arrays, tensors or pictures of Pillow.
         options: How videos are sampled.
-        known: Files whose videos are known; None to decode every one.
+        known: Remembers files that were read before; None to decode every file.
 
     Raises:
-        UserError: Something cannot be used.
+        UserError: The prompt, a video, an image or an option cannot be used.
     """
     source = Source(target, options, known)
     clips = [clip_of(source, video) for video in _videos(videos)]
@@ -100,9 +100,9 @@ def frames_of(video: Clip | Processed) -> int:
 
 
 def clip_of(source: Source, video: Any) -> Clip | Processed:
-    """Read a video. From a file, sample frames by the options, or by the family's own rule if they set none.
+    """Read a video. From a file, sample frames by the options, or by the model family's rule if these set none.
 
-    Raises UserError if it cannot be read, or the options ask to sample from frames in memory.
+    Raises UserError if the video cannot be read, or if the options ask to sample from frames in memory.
     """
     if isinstance(video, BYTES):
         with BytesFile(video) as path:
@@ -121,7 +121,7 @@ def clip_of(source: Source, video: Any) -> Clip | Processed:
 
 
 def _sampled(source: Source, path: Path) -> Clip:
-    """Sample the frames of a file that the target sees."""
+    """Read a video file, and sample the frames that the target sees."""
     options = source.options
     sampling: dict[str, Any] = {"frames": options.frames, "fps": options.fps}
     if not any(sampling.values()):

@@ -58,12 +58,14 @@ def load_pair(
         draft_device: The draft's device; by default that of the target.
         weights: Quantise the target's text layers: "fp8", "int8" or "int4".
         draft_weights: Quantise the draft's text layers, in the same way.
-        engine: "auto", "eager" or "graphs".
+        engine: "eager", "graphs" (captures passes as CUDA graphs) or "auto" (graphs on devices where they were tested,
+            else eager).
         mrope: As in `VideoLM`.
-        prefixes: Memory for rows of prompts, which later calls with the same beginning reuse: "auto" is a quarter of
-            the memory that is free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps nothing.
-        stall_ms: Milliseconds that prefills of other calls may add to a round of a call that decodes. A layer of a
-            prefill runs even if it takes longer.
+        prefixes: Memory for KV cache rows of prompts, which later calls with the same beginning reuse: "auto" is a
+            quarter of the memory that is free after loading, on a CPU at most 4 GiB; a number is in GiB; False keeps
+            nothing.
+        stall_ms: Milliseconds that prefills of other calls may add to a round of a call that decodes. At least one
+            layer of a prefill runs between rounds, even if it takes longer.
         options: Default options of calls, see `Options`.
 
     Returns:
@@ -116,6 +118,12 @@ def paired(
 @dataclass(frozen=True)
 class Side:
     """A model to load, or a loaded one, with its arguments.
+
+    Attributes:
+        name: "target" or "draft".
+        given: Folder, name on the hub, or the loaded model.
+
+    The other attributes are as in `load_pair`.
 
     Raises:
         UserError: An argument does not apply to a model given in this way.

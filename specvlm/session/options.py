@@ -62,7 +62,7 @@ class Options:
         presence_penalty: Subtracted from the logits of tokens in the answer.
         frequency_penalty: Subtracted from the logits of a token once for each time that it is in the answer.
         logit_bias: Added to the logits of these token ids, within -100 and 100.
-        frames: Number of frames to sample from a video file. None, also for fps: the family's own rule.
+        frames: Number of frames to sample from a video file. None, here and for `fps`: the model family's rule.
         fps: Frames per second to sample from a video file.
         max_pixels: Most pixels of a frame. None: the checkpoint's limit.
         reader: Reader of video files: "auto", "pyav" or "decord".
@@ -113,7 +113,7 @@ class Options:
         self.generation()
 
     def asked(self, given: Mapping[str, Any]) -> Self:
-        """Replace options by those of a call. Raises UserError for one that does not exist."""
+        """Return a copy in which the options given in a call are replaced. Raises UserError for an unknown option."""
         known = [option.name for option in fields(self)]
         for name in given:
             if name not in known:
@@ -145,7 +145,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Penalties:
-    """Rule of a request that lowers the logits of tokens in the answer, and adds to those of given tokens.
+    """Rule of a request that lowers the logits of tokens in the answer, and adds a bias to those of chosen tokens.
 
     Computes logit - presence * [count > 0] - frequency * count + bias. Tokens of the prompt do not count.
 
@@ -166,7 +166,7 @@ class Penalties:
                 raise UserError(f"{name}_penalty={value}: expected a number within -100 and 100")
 
     def check(self, vocabulary: int) -> None:
-        """Raise UserError if a token is not one of the target's."""
+        """Raise UserError if a token with a bias is not below `vocabulary`, the target's number of ids."""
         if self.bias and (largest := max(self.bias)) >= vocabulary:
             raise UserError(f"logit_bias has token {largest}, but the target has {vocabulary} ids")
 
@@ -187,7 +187,7 @@ class Penalties:
         return logits_V + added_V
 
     def _bias_like(self, added_V: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens with a bias, and the biases, beside a tensor. They are made once."""
+        """Return the tokens with a bias and their biases, on the device and in the dtype of a tensor. Cached."""
         place = added_V.device, added_V.dtype
         if place not in self._made:
             tokens = torch.tensor(list(self.bias), device=added_V.device)

@@ -21,8 +21,8 @@ class GenerationResult:
         text: The answer, without special tokens and stop text.
         token_ids: Its token ids, including the stop id, or the tokens of the stop text.
         finish_reason: "stop" if a stop id or a stop text ended it, "length" if the token limit did.
-        statistics: Numbers of tokens, frames and rounds, acceptance and times, under the names that the keys of
-            `summary.json` have. Times are those of the request's own work; while several requests run, they include
+        statistics: Numbers of tokens, frames and rounds, acceptance and times, under the same keys as in
+            `summary.json`. Times are those of the request's own work; while several requests run, they include
             waiting for each other. `frames` is the number of frames read, None if the pixels were given processed.
         verdict: "identical", "numeric tie at token …" or "MISMATCH at token …: …", compared with the target alone;
             "sampled" or "lossy" if there is nothing to compare with; "not checked" without `check=True`.

@@ -55,8 +55,8 @@ class Session:
         options: Default options of calls.
         engine: Runs the passes.
         caches: KV caches, kept between calls.
-        prefixes: Kept rows of prompts, for later calls with the same beginning; None if nothing is kept.
-        videos: Files whose videos are known, and need not be decoded again; None if nothing is kept.
+        prefixes: KV cache rows of prompts, for later calls with the same beginning; None if nothing is kept.
+        videos: Remembers files that were read, which need not be decoded again; None if nothing is kept.
         scheduler: Runs the requests; counts passes asked for (`asked`) and engine calls that served them (`run`).
         requests: Submits requests to the scheduler.
     """
@@ -166,7 +166,7 @@ class Session:
         return Asked(asked, self.graph(asked), read(self.target, prompt, videos, images, asked, self.videos))
 
     def graph(self, options: Options) -> DecodingGraph:
-        """Build the graph of a call. Raises UserError if the strategies do not fit the models."""
+        """Build the `DecodingGraph` of a call. Raises UserError if its strategies do not fit the models."""
         asked = options.generation()
         if isinstance(asked.adjust, Penalties):
             asked.adjust.check(self.target.vocabulary)
@@ -184,7 +184,7 @@ class Session:
     def _generated(
         self, asked: Options, graph: DecodingGraph, reading: Reading, calls: Calls | None = None
     ) -> GenerationResult | list[GenerationResult]:
-        """Decode one answer, or `n`. calls: Cancels them from another thread, which raises Cancelled here."""
+        """Decode one answer, or `n`. calls: For another thread to cancel them, which raises Cancelled here."""
         calls, found = calls or Calls(), []
         with self.begun(Asked(asked, graph, reading), calls) as answers:
             for options, call in answers:
@@ -201,7 +201,7 @@ class Session:
 
         Args:
             asked: From `prepare`.
-            calls: Cancels them from another thread.
+            calls: For another thread to cancel the answers.
             started: Called once there is room for an answer.
 
         Yields:

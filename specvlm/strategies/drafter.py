@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class DraftPrefill:
-    """Prefills the model of a session. The loop's implementation reuses rows that earlier requests have computed."""
+    """Prefills the drafting model. The decoding loop passes a subclass that reuses cache rows of earlier requests."""
 
     def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:
         """Compute the video features of a model, as `VideoLM.features` does."""
@@ -43,8 +43,11 @@ class DraftPrefill:
 
         Args:
             ctx: Context of the session.
-            model: Its model.
-            rows: Slots behind those of prompt and answer.
+            model: The model that drafts.
+            rows: Slots to reserve beyond those of prompt and answer.
+
+        Returns:
+            The cache.
         """
         features = ctx.features_ND if model is ctx.target else None
         if features is None:
@@ -80,9 +83,9 @@ class DraftContext:
             otherwise use the cheapest one for each round.
         seed: Seed of the noise that a coupled verifier shares with the drafter (see `gumbel`). None unless `sampling`
             is coupled.
-        next_shape: Chooses the shape of the next tree, by measured costs, this request's acceptance and the requests
-            that run now; a root alone where plain decoding is faster. For drafters that may draft any shape: call it
-            once in each `propose`. None: choose a fixed shape.
+        next_shape: Returns the shape to draft next, chosen by measured costs, this request's acceptance and the number
+            of requests that run; a root alone where plain decoding is faster. For drafters whose shape may vary: call
+            it once in each `propose`. None: choose a fixed shape.
         prefill: Prefills the session's model. A session that uses it starts faster if the video occurred before.
     """
 
@@ -118,8 +121,8 @@ class DraftSession(ABC):
     """Drafter state of one request, created by `Drafter.start`.
 
     Attributes:
-        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if the session has no
-            `guess_on`.
+        drafted_ahead: Number of levels of the last tree that `guess_on` had drafted. None if `guess_on` did not run
+            before that tree.
     """
 
     drafted_ahead: int | None = None
@@ -149,8 +152,8 @@ class DraftSession(ABC):
         sampling, guesses that depend on the device's speed would bias the output.
 
         Args:
-            done: Returns at once whether the verdict is ready, or the check does not run at the same time. Once it is
-                true, return, since the request waits for nothing else.
+            done: Returns, without waiting, whether the verdict is ready or the check does not run at the same time.
+                Once it is true, return, since the request waits for nothing else.
 
         Returns:
             A generator of passes and calls, as for `propose`, or None to draft nothing. It must not read on the host
@@ -181,13 +184,14 @@ class Drafter(Strategy, ABC):
     def fixed(self) -> TreeShape | None:
         """Shape of every tree, or None if the shape varies.
 
-        If it is fixed, ranks without a draft model are sent only a tree's tokens, and its `q` if guesses are drawn.
+        With tensor parallelism and a fixed shape, processes without a draft model are sent only each tree's tokens, and
+        its `q` if guesses are drawn.
         """
         return None
 
     @property
     def adapts(self) -> bool:
-        """Whether sessions have the shapes that `DraftContext.next_shape` chooses, of at most `max_nodes` nodes."""
+        """Whether sessions draft the shapes that `DraftContext.next_shape` chooses, of at most `max_nodes` nodes."""
         return False
 
     @property

@@ -297,7 +297,7 @@ def _shape(parents: tuple[int, ...], ranks: tuple[int, ...] | None) -> tuple[tup
 def is_ours(value: object) -> bool:
     """Return True for an instance of one of specvlm's own classes, unless one of its methods may have been replaced.
 
-    That is, `propose` is set on the instance, or, for a dataclass, any attribute besides its fields.
+    Methods count as replaced if `propose` is set on the instance or, for a dataclass, any attribute besides its fields.
     """
     own = vars(value) if hasattr(value, "__dict__") else {}
     fields = getattr(type(value), "__dataclass_fields__", None)  # the only attributes that a strategy sets

@@ -45,7 +45,7 @@ class Answer:
 
 
 class Metric(Strategy, ABC):
-    """Base class of metrics: a score for each answer, the higher the better, mostly from 0 to 1.
+    """Base class of metrics: a score for each answer, the higher the better, usually from 0 to 1.
 
     A job's score is the mean over its samples.
     """
@@ -65,5 +65,5 @@ class Metric(Strategy, ABC):
         """
 
     def source(self, dataset: str) -> str:
-        """Where the rule for a data set comes from: a script and its version. Recorded with results; may be empty."""
+        """Return the source of a data set's rule: a script and its version. Recorded with results; may be empty."""
         return ""

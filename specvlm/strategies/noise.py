@@ -18,9 +18,10 @@ def gumbel(key_2: Tensor, vocabulary: int, ahead_N: Tensor | None = None) -> Ten
     noise of all ids that both know.
 
     Args:
-        key_2: (2,) int64: the request's seed, and the index in the answer of a token.
+        key_2: (2,) int64: the request's seed, and the index of a token in the answer.
         vocabulary: Number of ids, from 0 on.
-        ahead_N: (N,) int64: how far behind that index each row's token is. None: one row, for the index itself.
+        ahead_N: (N,) int64: added to that index to give the index of each row's token. None: one row, for the index
+            itself.
 
     Returns:
         (N, V) float64, on the device of the key.

@@ -195,10 +195,10 @@ class Pruner(Strategy, ABC):
         return 0
 
     def attention_layers(self, layers: int) -> int:
-        """Return how many of the target's first layers `select` reads attention of, by signals with a row per layer.
+        """Return how many of the target's layers, from the first on, have attention that `select` reads.
 
-        With fewer than all, those signals have only these rows, and a draft on a GPU of its own starts while the
-        target's later layers run.
+        This is for signals with a row per layer. With fewer than all layers, they have rows for these layers only, and
+        a draft on a GPU of its own starts while the target's later layers run.
 
         Args:
             layers: Number of layers of the target.

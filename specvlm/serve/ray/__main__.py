@@ -1,4 +1,4 @@
-"""`python -m specvlm.serve.ray`: the server over replicas of the pair, on Ray Serve; --help lists its keys."""
+"""`python -m specvlm.serve.ray`: serve a pair from several replicas, on Ray Serve; --help lists the keys."""
 
 import sys
 from collections.abc import Sequence

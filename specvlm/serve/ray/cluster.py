@@ -29,17 +29,17 @@ from specvlm.serve.ray.settings import RaySettings
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 CONNECT_S = 10.0  # seconds that the cluster's first node may take to answer
-HEALTH_S = 1.0  # seconds between two looks at a replica
-LOGGED = {"log_level": "ERROR", "enable_access_log": False}  # of Ray Serve's own lines
-KNOWN_S = 1.0  # seconds for which the number of replicas is not asked for again
+HEALTH_S = 1.0  # seconds between two health checks of a replica
+LOGGED = {"log_level": "ERROR", "enable_access_log": False}  # how Ray Serve itself logs
+KNOWN_S = 1.0  # seconds for which a number of replicas is used before Ray is asked again
 
 
 @contextmanager
 def cluster(settings: RaySettings) -> Iterator[None]:
-    """Join the cluster that the settings name, or start one on this machine, which ends with the block.
+    """Join the cluster that the settings name. If they name none, run one on this machine within the block.
 
     Raises:
-        UserError: There is no such cluster.
+        UserError: The cluster cannot be reached, or cannot be started.
     """
     given: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.ERROR, "namespace": settings.app}
     if settings.address is None:
@@ -55,17 +55,17 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         raise UserError(f"no Ray cluster {where} ({first_line(error)})") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(proxy_location="Disabled", logging_config=LOGGED)  # our own server has bounds on clients
+        serve.start(proxy_location="Disabled", logging_config=LOGGED)  # our own server limits clients
         yield
     finally:
         ray.shutdown()
 
 
 def _check_there(address: str) -> None:
-    """Raise UserError if nobody listens at HOST:PORT: Ray itself would try again for minutes."""
+    """Raise UserError if nothing listens at HOST:PORT. Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        return  # auto, or what Ray refuses at once
+        return  # auto, or an address that Ray itself refuses immediately
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, OverflowError) as error:
@@ -78,9 +78,12 @@ def deployed(cfg: RunConfig, settings: RaySettings, model: str, folder: str) -> 
 
     Args:
         cfg: The pair and its defaults.
-        settings: Their number, and limits of requests.
-        model: Name of the model.
-        folder: Where relative paths are meant from.
+        settings: Number and resources of the replicas, and limits of requests.
+        model: Name of the model in requests.
+        folder: Folder that relative paths start from.
+
+    Yields:
+        The running replicas.
 
     Raises:
         UserError: The cluster runs another application of this name, has no room, or the pair cannot be loaded.
@@ -99,7 +102,7 @@ def deployed(cfg: RunConfig, settings: RaySettings, model: str, folder: str) -> 
 
 
 def _run(bound: serve.Application, app: str) -> DeploymentHandle[Any]:
-    """Start the replicas and wait until they run. Raises UserError for what a replica says of its configuration."""
+    """Start the replicas and wait until they run. Raises UserError if one refuses its configuration."""
     try:
         return serve.run(bound, name=app, route_prefix=None)
     except RuntimeError:
@@ -111,16 +114,17 @@ def _run(bound: serve.Application, app: str) -> DeploymentHandle[Any]:
 
 
 def gpus_of(cfg: RunConfig, settings: RaySettings) -> float:
-    """GPUs of a replica: as set, or one if the cluster has any, unless the pair is on the CPU."""
+    """Return GPUs per replica: `replica_gpus` if set, else 1 if the cluster has any and device is not cpu, else 0."""
     if settings.replica_gpus is not None:
         return settings.replica_gpus
     return 1.0 if cfg.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 def deployment_options(settings: RaySettings, gpus: float) -> dict[str, Any]:
-    """Options of Ray Serve's deployment.
+    """Return the options of Ray Serve's deployment. gpus: GPUs per replica.
 
-    A request goes to the replica that its key is hashed to. If that has no room, the next ones on the ring follow.
+    A request goes to the replica that its key is hashed to. If that replica is full, the next one on the hash ring is
+    tried, and so on.
     """
     router = {"num_fallback_replicas": settings.most_replicas}
     scaled: dict[str, Any] = {"num_replicas": settings.replicas}
@@ -149,7 +153,7 @@ def deployment_options(settings: RaySettings, gpus: float) -> dict[str, Any]:
 
 
 def check_room(settings: RaySettings, options: dict[str, Any]) -> None:
-    """Raise UserError if the cluster has too few CPUs or GPUs for the replicas. Serve would wait for more."""
+    """Raise UserError if the cluster has too few CPUs or GPUs for the replicas. Ray Serve would wait for them."""
     there = ray.cluster_resources()
     for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         needed = settings.replicas * options["ray_actor_options"][key]
@@ -159,10 +163,10 @@ def check_room(settings: RaySettings, options: dict[str, Any]) -> None:
 
 
 class RayReplicas:
-    """Replicas behind a handle of Ray Serve.
+    """Replicas that are called through a handle of Ray Serve; see `Replicas`.
 
     Args:
-        handle: Their deployment's.
+        handle: Handle of the replicas' deployment.
         app: Name of the application.
     """
 
@@ -184,25 +188,25 @@ class RayReplicas:
                 response.cancel()
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
+        """Return the default options of requests."""
         with _losing():
             return dict(await self._handle.options(method_name="defaults").remote())
 
     async def view(self, name: str, key: str | None) -> dict[str, Any] | None:
-        """What the drafter saw for an answer to a request with this key."""
+        """Return what the drafter saw for an answer; see `Replicas.view`."""
         handle = self._handle.options(method_name="view")
         with _losing():
             found = await (handle if key is None else handle.options(session_id=key)).remote(name)
             return None if found is None else dict(found)
 
     async def numbers(self) -> dict[str, bytes]:
-        """Numbers of each replica by its name."""
+        """Return the metrics of each replica; see `Replicas.numbers`."""
         response = self._handle.broadcast("numbers")
         with _losing():
             return dict(await asyncio.to_thread(partial(response.results, timeout_s=SOON_S)))
 
     async def running(self) -> int:
-        """Number of replicas that run. It is asked for at most once in `KNOWN_S`."""
+        """Return the number of running replicas. Asks Ray at most once in `KNOWN_S` seconds."""
         if monotonic() - self._known[0] > KNOWN_S:
             self._known = monotonic(), await asyncio.to_thread(self._count)
         return self._known[1]
@@ -215,7 +219,7 @@ class RayReplicas:
 
 @contextmanager
 def _losing() -> Iterator[None]:
-    """Turn errors of Ray that say that a replica has ended into Lost. Those of what a replica did stay as they are."""
+    """Raise Lost for errors of Ray that mean that a replica has ended. Other errors are raised unchanged."""
     try:
         yield
     except RayTaskError:

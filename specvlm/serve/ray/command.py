@@ -1,4 +1,4 @@
-"""The command line of the server over replicas."""
+"""Command line of the server with several replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specvlm.serve.command import EXTRA, check, name_of, require, show, understo
 if TYPE_CHECKING:
     from specvlm.serve.ray.settings import RaySettings
 
-# Variables that Ray reads: report nothing, print only what replicas print, and let them run as fast as other programs.
+# Variables that Ray reads: report nothing, print only what replicas print, and run them with normal priority.
 SET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -22,10 +22,10 @@ SET = {
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 PAGE = """
-`python -m specvlm.serve.ray`: answer OpenAI's chat completions by several replicas of a pair, on Ray Serve.
+`python -m specvlm.serve.ray`: answer OpenAI's chat completions with several replicas of a pair, on Ray Serve.
 
 Takes the overrides of a run that load the pair and set defaults, such as pair=… ratio=… max_new_tokens=…, and the keys
-below. Requests about one video go to one replica, which keeps what it has computed of it. Exit codes are those of a
+below. Requests about one video go to one replica, which reuses what it has computed for it. Exit codes are those of a
 run; 0 after SIGTERM.
 """
 

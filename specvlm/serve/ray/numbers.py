@@ -1,4 +1,4 @@
-"""Put the numbers of all replicas together, each with the replica's name as a label."""
+"""Merge the metrics of all replicas, each with the replica's name as a label."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LABEL = "replica"
 
 
 class _Numbers:
-    """Numbers that were read before."""
+    """Collector of metrics that are given to it."""
 
     def __init__(self, families: Mapping[str, Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterator[Metric]:
-        """All of them."""
+        """Yield every metric."""
         yield from self._families.values()
 
     def describe(self) -> list[Metric]:
@@ -25,7 +25,14 @@ class _Numbers:
 
 
 def merged(texts: Mapping[str, bytes]) -> bytes:
-    """Put together what replicas tell. texts: their numbers by their names, as Prometheus reads them."""
+    """Merge metrics of several replicas, and label each sample with its replica.
+
+    Args:
+        texts: Metrics of each replica, by its name, in Prometheus' text format.
+
+    Returns:
+        All metrics in the same format.
+    """
     families: dict[str, Metric] = {}
     for replica, text in texts.items():
         for family in text_string_to_metric_families(text.decode()):

@@ -1,4 +1,4 @@
-"""A replica: the pair in a process of Ray's, which answers requests that the front sends."""
+"""A replica: a process of Ray that runs the pair, and answers requests from the front, which is our HTTP server."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SCOPE: dict[str, Any] = {
 
 
 class Replica:
-    """Answers requests by the endpoint of a server of its own. Ray makes one in each of its processes.
+    """Answers requests with the same endpoint as a server without replicas. Ray creates one in each replica's process.
 
     Args:
         cfg: The pair and its defaults.
         settings: Limits of requests.
-        model: Name of the model.
-        folder: Where the command was called: relative paths are meant from there.
+        model: Name of the model in requests.
+        folder: Folder where the command was called. Relative paths start from it.
     """
 
     def __init__(self, cfg: RunConfig, settings: Settings, model: str, folder: str) -> None:
@@ -49,11 +49,12 @@ class Replica:
         """Answer a request.
 
         Args:
-            raw: Its body.
+            raw: The request's body.
             waited_s: Seconds that it has waited for a replica.
 
         Yields:
-            The replica's name at once, then ASGI's messages as they come. Closing the iterator ends the request.
+            First the replica's name, without delay, then the ASGI messages of the answer as they come. Closing the
+            iterator ends the request.
         """
         yield self._name
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -77,13 +78,13 @@ class Replica:
             await asyncio.wait([work])
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
+        """Return the default options of requests."""
         return await self._chat.defaults()
 
     async def view(self, name: str) -> dict[str, Any] | None:
-        """What the drafter saw for the answer of this name, if that is still kept."""
+        """Return what the drafter saw for the answer with this id; None if that is not kept any more."""
         return await self._chat.view(name)
 
     async def numbers(self) -> tuple[str, bytes]:
-        """The replica's name, and its numbers as Prometheus reads them."""
+        """Return the replica's name, and its metrics in Prometheus' text format."""
         return self._name, await self._chat.numbers()

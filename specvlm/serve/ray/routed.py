@@ -1,4 +1,4 @@
-"""Answer chat completions by replicas: read a request, send it where its video was before, and pass its answer on."""
+"""Answer chat completions with replicas: read a request, send it to its video's replica, and pass the answer on."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from specvlm.serve.settings import MIB
 from specvlm.serve.wire import event
 
 T = TypeVar("T")
-SOON_S = 10.0  # seconds that a question beside answers may take
-VIEWS = 1024  # answers whose replica is remembered, for the frames that its drafter saw
+SOON_S = 10.0  # seconds that a call of replicas may take, unless it answers a request
+VIEWS = 1024  # answers whose key is remembered, to find the replica that keeps what its drafter saw
 REPLICA = b"x-specvlm-replica"  # header that names the replica of an answer
 
 
@@ -35,47 +35,49 @@ class Lost(Exception):
 
 
 class Replicas(Protocol):
-    """Replicas that answer requests. All methods raise Lost if a replica ends meanwhile."""
+    """Replicas that answer requests. All methods but `running` raise Lost if a replica ends meanwhile."""
 
     def answer(self, raw: bytes, key: str | None, waited_s: float) -> AsyncGenerator[Any, None]:
         """Send a request to a replica. Closing the iterator ends the request.
 
         Args:
-            raw: Its body.
-            key: Requests with one key go to one replica, as far as that has room. None: to any.
-            waited_s: Seconds that it has waited before.
+            raw: The request's body.
+            key: Requests with equal keys go to the same replica while it has room. None: to any replica.
+            waited_s: Seconds that the request has waited already.
 
         Yields:
-            The name of the replica that has taken it, then ASGI's messages.
+            The name of the replica that has taken the request, then the ASGI messages of the answer.
 
         Raises:
             Lost: The replica has ended.
         """
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
+        """Return the default options of requests."""
 
     async def view(self, name: str, key: str | None) -> dict[str, Any] | None:
-        """What the drafter saw for an answer to a request with this key."""
+        """Return what the drafter saw for the answer with the id `name`. key: The key its request was sent with."""
 
     async def numbers(self) -> dict[str, bytes]:
-        """Numbers of each replica by its name, as Prometheus reads them."""
+        """Return the metrics of each replica, by its name, in Prometheus' text format."""
 
     async def running(self) -> int:
-        """Number of replicas that run."""
+        """Return the number of running replicas."""
 
 
 class RoutedChat:
-    """The endpoint of chat completions of the front, for one event loop. It has the bounds of a server of its own.
+    """The endpoint of chat completions of the front, our HTTP server, which loads no model. For one event loop.
+
+    Limits clients as the endpoint of a server without replicas does.
 
     Args:
-        replicas: Answer the requests.
+        replicas: Replicas that answer the requests.
         settings: Limits.
-        model: Name of the model.
+        model: Name of the model in requests.
 
     Attributes:
         settings: The settings.
-        model: Name of the model.
+        model: Name of the model in requests.
         admission: Counts requests and the bytes of their bodies.
     """
 
@@ -89,11 +91,11 @@ class RoutedChat:
 
     @property
     def draining(self) -> bool:
-        """Whether nobody is let in any more."""
+        """Whether new requests are refused."""
         return self.admission.draining
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request, as an ASGI application. An error before the answer's first byte has its own status."""
+        """Answer a request, as an ASGI application. An error before the answer's first byte sets the HTTP status."""
         body = Body(self.admission, self.settings.max_body, self.settings.body_timeout)
         try:
             self.admission.check()
@@ -112,7 +114,7 @@ class RoutedChat:
             body.release()
 
     async def _counted(self, raw: bytes, key: str | None, send: Send) -> None:
-        """Answer a request while it is counted as running."""
+        """Answer a request, and count it as running meanwhile. Raises ApiError if it is refused."""
         await self.admission.enter(monotonic())
         begin, task = monotonic(), asyncio.current_task()
         assert task is not None
@@ -124,7 +126,7 @@ class RoutedChat:
             self.admission.leave(monotonic() - begin)
 
     async def _answer(self, raw: bytes, key: str | None, send: Send) -> None:
-        """Send a request to a replica; to another one if that ends before the answer has begun."""
+        """Send a request to a replica. If the replica ends before the answer begins, retry, up to `retries` times."""
         begin = monotonic()
         for _ in range(1 + self.settings.retries):
             passed = Passed(send, self.settings.write_timeout, partial(self._remember, key))
@@ -151,7 +153,7 @@ class RoutedChat:
         raise _lost()
 
     async def _taken(self, messages: AsyncGenerator[Any, None], passed: Passed, deadline: float) -> None:
-        """Wait until a replica has taken a request. Raises ApiError at the deadline."""
+        """Wait until a replica has taken a request, and note the replica's name. Raises ApiError at the deadline."""
         try:
             async with asyncio.timeout(max(0.0, deadline - monotonic())):
                 passed.replica = str(await anext(messages))
@@ -165,16 +167,16 @@ class RoutedChat:
             self._keys.popitem(last=False)
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none; they are the same for all replicas."""
+        """Return the default options of requests, which are the same for all replicas."""
         self._defaults = self._defaults or await _soon(self._replicas.defaults())
         return self._defaults
 
     async def view(self, name: str) -> dict[str, Any] | None:
-        """What the drafter saw for the answer of this name, if its replica still keeps that."""
+        """Return what the drafter saw for the answer with this id; None if that is not kept any more."""
         return await _soon(self._replicas.view(name, self._keys[name])) if name in self._keys else None
 
     async def numbers(self) -> bytes:
-        """All numbers of all replicas, as Prometheus reads them."""
+        """Return the metrics of all replicas in Prometheus' text format."""
         return merged(await _soon(self._replicas.numbers()))
 
     async def is_ready(self) -> bool:
@@ -182,7 +184,7 @@ class RoutedChat:
         return await self._replicas.running() > 0
 
     async def drain(self) -> None:
-        """Let nobody in any more, and wait until all have ended; those that have not within the bound are cut off."""
+        """Refuse new requests and wait until all have ended. After `shutdown_timeout`, cut off those that have not."""
         self.admission.draining = True
         end = monotonic() + self.settings.shutdown_timeout
         while self._running and monotonic() < end:
@@ -194,17 +196,18 @@ class RoutedChat:
 
 
 class Passed:
-    """Passes the messages of an answer on. Its beginning waits for the first part of the body.
+    """Passes the ASGI messages of an answer on to the client.
 
-    So a replica that ends may have sent nothing yet, and the request can go to another one.
+    Holds the response's status and headers back until the first part of its body. If the replica ends before that,
+    nothing was written yet, and the request can go to another replica.
 
     Args:
         send: Writes to the client.
-        seconds: Time in which a client must read.
-        started: Called with the name of the answer before its first word is written.
+        seconds: Seconds within which the client must read a message.
+        started: Called with the answer's id before anything is written.
 
     Attributes:
-        replica: Name of the replica.
+        replica: Name of the replica, for a header. Set it before the first message.
         begun: Whether anything was written.
     """
 
@@ -225,14 +228,14 @@ class Passed:
         await sent(self._send, message, self._seconds)
 
     async def fail(self, error: ApiError) -> None:
-        """End a stream that has begun with an error in OpenAI's form. Raises the error if nothing was written yet."""
+        """End the stream with an error in OpenAI's form. Raises the error instead if nothing was written yet."""
         if not self.begun:
             raise error
         await sent(self._send, {"type": "http.response.body", "body": event(error.body), "more_body": False}, self._seconds)
 
 
 def video_key(raw: bytes) -> str | None:
-    """A digest of the first video or image of a body; None if it has none, or cannot be read."""
+    """Return a digest of the URL of a body's first video or image; None if it has none, or cannot be parsed."""
     try:
         messages = json.loads(raw)["messages"]
         parts = [part for one in messages if isinstance(one["content"], list) for part in one["content"]]
@@ -242,7 +245,7 @@ def video_key(raw: bytes) -> str | None:
 
 
 def _url(part: Any) -> str | None:
-    """The address in a part of a message, if it has one."""
+    """Return the URL in a part of a message; None if it has none."""
     if not isinstance(part, Mapping):
         return None
     given = part.get("video_url", part.get("image_url"))
@@ -251,7 +254,7 @@ def _url(part: Any) -> str | None:
 
 
 async def _soon(asked: Awaitable[T]) -> T:
-    """Wait for what replicas are asked beside answers. Raises ApiError if they are full, or one ends meanwhile."""
+    """Wait for a call of replicas. Raises ApiError after `SOON_S`, when all must be full, or if a replica ends."""
     try:
         async with asyncio.timeout(SOON_S):
             return await asked

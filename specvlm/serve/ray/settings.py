@@ -1,4 +1,4 @@
-"""Keys of the server over replicas, beside those of one server."""
+"""Keys of the server with replicas, in addition to those of a server without."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELP_OF_REPLICAS = HELP | OWN | {"running": "most requests that a replica reads 
 
 @dataclass(frozen=True)
 class RaySettings(Settings):
-    """All keys of the server over replicas; HELP_OF_REPLICAS explains them."""
+    """All keys of the server with replicas; HELP_OF_REPLICAS explains them."""
 
     replicas: Annotated[int, Within(1, 1024)] = 2
     max_replicas: Annotated[int | None, Within(1, 1024)] = None
@@ -59,5 +59,5 @@ class RaySettings(Settings):
 
     @property
     def most_requests(self) -> int:
-        """Most requests that are let in: those that all replicas run, and the queue."""
+        """Most requests that are admitted: those that all replicas can run, and the queue."""
         return self.running * self.most_replicas + self.queue

@@ -51,7 +51,7 @@ class MLVUDataset(LocalDataset):
 
     Attributes:
         split: `dev` or `test`.
-        tasks: Names of those tasks of the split to use; empty for all.
+        tasks: Names of the tasks to use, out of those of the split; empty for all.
     """
 
     name = "mlvu"

@@ -1,8 +1,9 @@
 """Tables and passes for drafting below several outcomes of a check at once, on the device only.
 
-An outcome is the last accepted node of the current tree, and one of the draft's likeliest corrections after it. The
-rows of all outcomes share the draft's cache: they are written after those of the current tree, and each sees those of
-its own outcome only. Those of the outcome that comes true are moved to where a newly drafted tree would have them.
+An outcome is the last accepted node of the current tree, with a correction after it: one of the draft's likeliest
+tokens there besides the node's children. Rows of all outcomes share the draft's cache, after those of the current tree.
+A row sees its outcome's accepted path, and its ancestors in that outcome's tree. The rows of the outcome that comes
+true are moved to where a newly drafted tree would have them.
 
 All tokens found so far are in a pool: those of the current tree, the corrections of its expanded nodes, and what each
 pass has found below each of its rows. Tables hold indices into the pool.
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
     Attributes:
         outcome: Number of the outcome whose tree the node belongs to; None for a leaf of the current tree.
-        node: Node of that tree.
+        node: Node of the outcome's tree, or that leaf.
     """
 
     outcome: int | None
@@ -57,8 +58,8 @@ class Piece(NamedTuple):
         at: Slot of the first row, relative to the current root's.
         seen_QT: (Q, T) attention mask over slots from that root's on.
         own_QW: Which of the W best tokens of a row become its children.
-        races_Q: Row of each row's random numbers.
-        out: Index in the pool of what this pass finds: W best tokens and X corrections per row.
+        races_Q: Which row of the random numbers each row uses.
+        out: Index in the pool of the first token that this pass finds. Each row finds W best tokens and X corrections.
     """
 
     feed_Q: Tensor
@@ -75,17 +76,18 @@ class Plan:
     """Tables for all passes below the outcomes of one shape.
 
     Attributes:
-        outcomes: (O,) last accepted node and number of the correction.
-        starts: (O,) number of the pass that feeds each outcome's root.
+        outcomes: Last accepted node, and number of the correction after it, of each of the O outcomes.
+        starts: Number of the pass that feeds each outcome's root.
         pieces: Tables of each pass.
         rows: Number of slots used from the current root's on.
         size: Number N of tokens of the pool.
         bonus_O: Index in the pool of each outcome's correction.
-        tokens_OM: Indices of its tree's tokens.
-        more_OEX: Indices of the corrections of its tree's expanded nodes.
-        ways_OD: Slots to move to those from the current root's on, relative to that: the accepted path, the new root
-            and its tree's other expanded nodes. Past them, position i holds i.
-        found_OE: Row of each expanded node among those of all passes.
+        tokens_OM: Indices in the pool of the tokens of each outcome's tree.
+        more_OEX: Indices in the pool of the corrections of that tree's expanded nodes.
+        ways_OD: Which slots to move if an outcome comes true; position i names the slot that moves to slot i. Slots
+            count from the current root's. First the accepted path, then the new root and the other expanded nodes of
+            its tree. Past them, position i holds i.
+        found_OE: Number of each expanded node's row among the rows of all passes.
     """
 
     outcomes: tuple[tuple[int, int], ...]
@@ -100,14 +102,14 @@ class Plan:
     found_OE: Tensor
 
     def levels(self, number: int, passes: int, depth: int) -> int:
-        """Return how many levels of an outcome's tree `passes` passes expand. depth: Levels of the shape."""
+        """Return how many levels `passes` passes expand of the tree of outcome `number`. depth: Levels of the shape."""
         return max(0, min(depth, passes - self.starts[number]))
 
 
 def outcomes_of(shape: TreeShape, corrections: int) -> list[tuple[int, int]]:
-    """List the likeliest outcomes of a tree's check whose rows fit into a pass, likeliest first.
+    """List the likeliest outcomes of a tree's check, likeliest first: as many as fit into passes of `WIDEST` rows.
 
-    Each node has at most `corrections` of them.
+    Each node has at most `corrections` outcomes.
     """
 
     def chance(rank: int) -> float:
@@ -132,8 +134,8 @@ def outcomes_of(shape: TreeShape, corrections: int) -> list[tuple[int, int]]:
 def rows_of(shape: TreeShape, outcomes: list[tuple[int, int]]) -> list[list[Row]]:
     """List the rows of each pass.
 
-    The first pass feeds the leaves that outcomes follow, and the corrections after other nodes; the second one the
-    corrections after leaves, and so on.
+    The first pass feeds the leaves that end an outcome's path, and the corrections after other nodes. The second one
+    feeds the corrections after leaves, and the next level of the other trees, and so on.
     """
     leaves = dict.fromkeys(node for node, _ in outcomes if not shape.children[node])
     passes: list[list[Row]] = [[] for _ in range(len(shape.levels) + bool(leaves))]
@@ -182,7 +184,7 @@ class _Planner:
         self.at = {row: (number, place) for number, rows in enumerate(self.passes) for place, row in enumerate(rows)}
 
     def children(self, row: Row) -> tuple[int, ...]:
-        """Children of a row's node that its pass finds. A leaf of the current tree has none."""
+        """Children whose tokens a row's pass finds. Below a leaf of the current tree it finds only corrections."""
         return () if row.outcome is None else self.shape.children[row.node]
 
     def slot(self, row: Row) -> int:
@@ -226,7 +228,7 @@ class _Planner:
         return [self.found(row, self.widths[self.at[row][0]] + number) for number in range(self.corrections)]
 
     def way(self, outcome: int) -> list[int]:
-        """Slots to move if an outcome comes true."""
+        """Slots to move if an outcome comes true, see `Plan.ways_OD`."""
         rows = [*self.accepted(outcome), *(self.slot(Row(outcome, node)) for node in self.expanded)]
         return [*rows, *range(len(rows), len(self.shape.levels) + 1 + len(self.expanded))]
 

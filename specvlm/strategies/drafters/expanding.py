@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 
 def draw(q_QV: Tensor, race_QV: Tensor, count: int) -> Tensor:
-    """Draw (Q, count) ids without replacement by exponential races (Gumbel top-k).
+    """Draw ids for each row without replacement, by exponential races (Gumbel top-k).
 
     Args:
         q_QV: Distribution of each row.
         race_QV: Exponential random numbers, float64.
-        count: Number of ids per row. They are returned in the order drawn.
+        count: Number of ids per row.
+
+    Returns:
+        (Q, count) ids, in the order drawn.
     """
     return (race_QV / q_QV.double()).topk(count, largest=False).indices  # ids with q = 0 come last, as inf
 
@@ -95,10 +98,10 @@ class Level(NamedTuple):
     """Tables of one pass, which expands the nodes of one level.
 
     Attributes:
-        nodes_Q: The nodes that are expanded, one per row, except that the first pass may also feed the last accepted
-            node of the old tree.
-        depths_Q: Positions of the rows, relative to that node's.
-        at: Slot of the first row, relative to that node's.
+        nodes_Q: The nodes that are expanded, one per row. The first pass may feed one row more before them: the last
+            accepted node of the old tree.
+        depths_Q: Positions of the rows, relative to that of the last accepted node.
+        at: Slot of the first row, relative to that of the last accepted node.
         seen_QT: (Q, T) attention mask over slots from that node's on (see `Pass`); None for causal.
         own_RW: (R, W) which of the W best tokens of each expanded node become its children.
         children_C: The nodes whose tokens the pass finds.
@@ -137,7 +140,8 @@ def tables_of(shape: TreeShape, sample: bool, device: torch.device, fed: int) ->
 
     Args:
         shape: Shape of the tree.
-        sample: True if children are drawn: child i of a node is then draw i, else the best token of the child's rank.
+        sample: True if children are drawn: child i of a node is then draw number i. Otherwise a child of rank r is
+            number r of the best tokens.
         device: Where the tables are needed.
         fed: Number of rows of the first pass: 2, or 1 for the root alone.
     """
@@ -209,12 +213,12 @@ def expand(
             slot, seed of a coupled rule, slot of the answer's first token.
         old_M: Tokens of the previous tree.
         races_RV: Exponential random numbers, one row per expanded node; (0,) if children are not drawn.
-        known: If `first` is not 0 and `more` is not either, the corrections of all expanded nodes, those of earlier
-            levels being valid.
+        known: Only if neither `first` nor `more` is 0: corrections of all expanded nodes, of which those of the levels
+            before `first` are valid.
 
     Returns:
-        Tokens (M,), q (M, V), or (0,) if children are not drawn, and if `more` is not 0 the corrections of the expanded
-        nodes, (R, X).
+        Tokens (M,); q (M, V), or (0,) if children are not drawn; and if `more` is not 0, corrections of the expanded
+        nodes (R, X).
     """
     root, base, node, bonus, offset, seed, start = state_7.split(1)
     drawn = rule is not None and not rule.coupled

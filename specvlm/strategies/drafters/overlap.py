@@ -42,15 +42,15 @@ class OverlapDrafter(TreeDrafter):
 
     Outcomes of a check are pairs of the last accepted node and the target's next token there. The draft guesses the
     latter too: its likeliest tokens besides the node's children, called corrections. During the check it drafts below
-    the likeliest outcomes at once: each pass has a row for each outcome, and rows cost little in a pass that reads all
-    weights anyway. If one of them comes true (a hit), the levels of its tree that are ready need not be drafted again.
-    Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under `sampling` its
-    distribution, does not depend on speed or hits.
+    many of the likeliest outcomes together: each pass has rows for each of them, and rows cost little in a pass that
+    reads all weights anyway. If one of them comes true (a hit), the levels of its tree that are ready need not be
+    drafted again. Otherwise the tree is drafted as `tree` does. Both give the same tree, so the output, and under
+    `sampling` its distribution, does not depend on speed or hits.
 
     The idea is that of parallel drafting: ParallelVLM (arXiv 2603.19610) and HIPPO (arXiv 2601.08273) draft one
     continuation during the check, the one in which all guesses are accepted.
-    Deviations: all outcomes above with their corrections, as in speculative speculative decoding, instead of one; every
-    guess is checked at once, none in a later window; greedy, sampled and coupled trees.
+    Deviations: many outcomes, with corrections, as in speculative speculative decoding, instead of one; all guesses of
+    a tree are checked together, none in a later window; greedy, sampled and coupled trees.
 
     Cost: during each check, one pass more than the tree has levels, of at most 64 rows. A pass that still runs when the
     verdict arrives delays the next round, so one starts late in a check only if hits are frequent enough.
@@ -58,7 +58,7 @@ class OverlapDrafter(TreeDrafter):
     elsewhere, and while other requests share the checks, it drafts as `tree` does.
 
     Attributes:
-        corrections: Tokens guessed per node as the target's next one.
+        corrections: Number of tokens per node, besides its children, that are guessed to be the target's next one.
         ahead: Fixed number of draft passes during each check. 0: as many as fit, if the draft has a device of its own.
 
     Raises:
@@ -116,10 +116,10 @@ class Pace:
         self.begun, self.slow = now, False
 
     def starts(self, waiting: int) -> bool:
-        """Whether a pass starts now, after `waiting` others.
+        """Whether to start a pass now, while `waiting` others have not ended.
 
-        It does if it will end before the check. One that will not starts only when all others have ended, and if the
-        time that it saves after a hit outweighs the time that it costs after a miss.
+        Yes if it will end before the check. Otherwise only if all others have ended, and if the time that it saves
+        after a hit outweighs the time that it costs after a miss.
         """
         if not (self.check_s and self.pass_s):
             return not waiting

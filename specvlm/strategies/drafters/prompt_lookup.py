@@ -18,7 +18,7 @@ class PromptLookupDrafter(Drafter):
     """Find the last words earlier in the prompt or the answer, and propose the chain of tokens that followed there.
 
     The last words are the longest n-gram at the end of the text, of max_ngram down to min_ngram tokens, that occurs
-    earlier. Its latest occurrence counts: that is closest in topic, lies in the answer once the answer repeats itself,
+    earlier. Its latest occurrence is used: it is closest in topic, lies in the answer once the answer repeats itself,
     and needs a table of only one entry per n-gram. A chain that reaches the end of the text continues with its own
     beginning, so that a loop of any period is proposed in full. Without a match the tree is only the root, and the
     round is an autoregressive step.

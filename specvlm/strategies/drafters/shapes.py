@@ -18,6 +18,6 @@ CHANCE = 0.7  # chance of a best guess for which the trees are best
 
 @lru_cache
 def shapes_for(captured: bool) -> tuple[TreeShape, ...]:
-    """Return every shape that `auto` may choose, chains first. There are fewer if the engine captures each."""
+    """Return every shape that `auto` may choose: no guesses, chains, trees. An engine that captures has fewer."""
     chains = [TreeShape.parse(f"chain:{depth}") for depth in (CAPTURED_CHAINS if captured else CHAINS)]
     return (ROOT, *chains, *(best_shape(guesses, depth, CHANCE) for guesses, depth in TREES[captured:]))

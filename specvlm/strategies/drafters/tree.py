@@ -76,7 +76,7 @@ class TreeDrafter(Drafter):
         self.known()
 
     def known(self) -> tuple[RoundCost, ...]:
-        """Read `costs`. Raises ValueError if it is not the file of a profile."""
+        """Return the costs in the file `costs`; empty if none is set. Raises ValueError if it is not a costs.json."""
         try:
             return read_costs(Path(self.costs), self.name) if self.costs else ()
         except OSError as error:
@@ -104,7 +104,10 @@ class TreeDrafter(Drafter):
         return kind(ctx, drafting_model(ctx, self.model), max(self.shapes, key=len), self.rule_of(ctx))
 
     def rule_of(self, ctx: DraftContext) -> Sampling | None:
-        """Return how children are drawn or scored; None takes the best tokens. Raises UserError if keys conflict."""
+        """Return how children are drawn or scored; None takes the best tokens.
+
+        Raises UserError if `children` and the verifier conflict, or the shape has more children than there are tokens.
+        """
         widest = max(rank for shape in self.shapes for rank in shape.ranks) + 1
         if widest > ctx.vocabulary:
             raise UserError(f"drafter.shape={self.shape} needs {widest} guesses per node, there are {ctx.vocabulary} tokens")
@@ -117,7 +120,7 @@ class TreeDrafter(Drafter):
 
 
 class TreeSession(PrunedSession):
-    """Drafts static trees, level by level. Their shape is fixed, or `ctx.next_shape` chooses one for each round.
+    """Drafts static trees, level by level. Their shape is fixed, except in `VaryingTreeSession`.
 
     Args:
         ctx: Context of the request.
@@ -183,7 +186,7 @@ class TreeSession(PrunedSession):
         return (yield from self.draft(node, bonus, bool(self.shape.children[node])))
 
     def draft(self, node: int, bonus: int, there: bool) -> Work[DraftTree]:
-        """Draft a tree below `bonus`, which follows a node of the last tree. there: Whether its row is cached."""
+        """Draft a tree below `bonus`, which follows `node` of the last tree. there: As for `anew`."""
         base = self.root + self.shape.depths[node]
         routine = self.anew(there)
         races = self.races.exponential_(generator=self.generator) if self.sample else None
@@ -195,7 +198,7 @@ class TreeSession(PrunedSession):
 class VaryingTreeSession(TreeSession):
     """Drafts a tree of the shape that `ctx.next_shape` chooses, which may have no guesses.
 
-    Rounds without guesses run no pass of the draft. The next one that drafts first reads their tokens.
+    Rounds without guesses run no pass of the draft. The next round with guesses first feeds it what it missed.
     """
 
     def __init__(self, ctx: DraftContext, model: VideoLM, shape: TreeShape, rule: Sampling | None) -> None:

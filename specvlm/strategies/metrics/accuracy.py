@@ -11,7 +11,7 @@ RULES = ("published", "lmms_eval", "choice")
 
 @dataclass(frozen=True)
 class AccuracyMetric(Metric):
-    """Share of right options, by the data set's own published rule.
+    """Share of questions for which the right option is chosen, by the data set's own published rule.
 
     How an answer such as "(B)", "B. A dog" or "The answer is B" is read differs between the scripts of MVBench, MLVU,
     Video-MME and LongVideoBench, so each has a rule of its own, quirks included; see `published.py`. Any other data
