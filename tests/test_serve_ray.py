@@ -314,3 +314,43 @@ def test_a_cluster_of_our_own_is_guarded_and_silent_and_a_joined_one_is_left_as_
         assert variables["RAY_USAGE_STATS_ENABLED"] == "0" and (len(variables.get("RAY_AUTH_TOKEN", "")) == 64) is guarded
         command.set_up(RaySettings(address=address))
         assert variables.get("RAY_AUTH_MODE") == ("token" if guarded else None)
+
+
+def test_a_front_whose_ray_does_not_answer_is_not_ready(monkeypatch):
+    monkeypatch.setattr(routed, "SOON_S", 0.1)
+    fakes = Fakes([STREAM])
+    front = RoutedChat(fakes, RaySettings.of_words(["replicas=1"]), "m")
+    assert asyncio.run(front.is_ready())
+
+    async def ended():
+        raise Lost
+
+    async def hangs():
+        await asyncio.Event().wait()
+
+    for running in (ended, hangs):
+        monkeypatch.setattr(fakes, "running", running)
+        assert not asyncio.run(front.is_ready())
+
+
+def test_a_body_that_arrives_while_the_front_shuts_down_is_refused_in_openais_form():
+    async def go():
+        front = Front(Fakes([STREAM]))
+        parts = asyncio.Queue()
+
+        async def receive():
+            return await parts.get()
+
+        async def send(message):
+            front.got.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": HEADERS, "state": {}}
+        work = asyncio.ensure_future(front.chat(scope, receive, send))
+        await asyncio.sleep(0.05)
+        await front.chat.drain()
+        parts.put_nowait({"type": "http.request", "body": body_of(video("file:///a.mp4")), "more_body": False})
+        await asyncio.wait_for(work, 20)
+        return front
+
+    front = asyncio.run(go())
+    assert front.status == 503 and front.error["code"] == "shutting_down"

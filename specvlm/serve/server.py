@@ -225,7 +225,9 @@ class Server(uvicorn.Server):
 
     def _drain(self) -> None:
         async def drained() -> None:
-            await self._app.chat.drain()
-            self.should_exit = True
+            try:
+                await self._app.chat.drain()
+            finally:
+                self.should_exit = True
 
         self._draining = asyncio.ensure_future(drained())

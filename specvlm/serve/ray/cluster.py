@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from specvlm.config import RunConfig
@@ -208,7 +208,8 @@ class RayReplicas:
     async def running(self) -> int:
         """Return the number of running replicas. Asks Ray at most once in `KNOWN_S` seconds."""
         if monotonic() - self._known[0] > KNOWN_S:
-            self._known = monotonic(), await asyncio.to_thread(self._count)
+            with _losing():
+                self._known = monotonic(), await asyncio.to_thread(self._count)
         return self._known[1]
 
     def _count(self) -> int:
@@ -224,5 +225,5 @@ def _losing() -> Iterator[None]:
         yield
     except RayTaskError:
         raise
-    except (RayError, DeploymentUnavailableError) as error:
+    except (RayError, RayServeException, DeploymentUnavailableError) as error:
         raise Lost from error

@@ -102,6 +102,7 @@ class RoutedChat:
             headers = Headers(scope=scope)
             check_type(headers)
             raw = await body.read(headers, receive)
+            self.admission.check()  # the server may have begun to shut down meanwhile
             key = await asyncio.get_running_loop().run_in_executor(self._parser, video_key, raw)
             await until_disconnected(self._counted(raw, key, send), receive)
         except ApiError as error:
@@ -180,8 +181,11 @@ class RoutedChat:
         return merged(await _soon(self._replicas.numbers()))
 
     async def is_ready(self) -> bool:
-        """Whether a replica runs."""
-        return await self._replicas.running() > 0
+        """Whether a replica runs. False too if Ray does not answer in time."""
+        try:
+            return await _soon(self._replicas.running()) > 0
+        except ApiError:
+            return False
 
     async def drain(self) -> None:
         """Refuse new requests and wait until all have ended. After `shutdown_timeout`, cut off those that have not."""
