@@ -74,7 +74,7 @@ def collect() -> dict[str, dict[str, StrategyInfo]]:
         `{kind: {name: info}}`, in order of registration.
 
     Raises:
-        PluginError: There would be a warning, and SPECVLM_STRICT_PLUGINS=1 is set.
+        PluginError: Something calls for a warning, and SPECVLM_STRICT_PLUGINS=1 turns warnings into errors.
     """
     found: dict[tuple[str, str], list[StrategyInfo]] = defaultdict(list)
     for plugin in plugins.load():
@@ -99,6 +99,9 @@ def describe(cls: Any, plugin: str) -> StrategyInfo:
     Args:
         cls: The class to check.
         plugin: Label of the package that provides it.
+
+    Returns:
+        The class with its label, summary, config and source.
 
     Raises:
         PluginError: The class is not a frozen dataclass derived from a base class of strategies, is abstract, has no
@@ -148,7 +151,7 @@ def unknown(kind: str, name: str, names: list[str]) -> str:
 
 
 def settings(kind: str, node: Mapping[str, Any] | DictConfig) -> Any:
-    """Convert a strategy's config to its typed dataclass, `StrategyInfo.config`.
+    """Convert a strategy's config to an instance of its typed dataclass, `StrategyInfo.config`.
 
     Args:
         kind: "pruner", "drafter", "verifier", "dataset", "metric" or "tracker".
@@ -192,7 +195,8 @@ def build(kind: str, chosen: Any) -> Any:
     Raises:
         UserError: The config is invalid (see `settings`), a number is out of bounds, or the constructor raises a
             ValueError or ArithmeticError.
-        StrategyError: The constructor raises an error that has another meaning to the caller (see `fence.inside`).
+        StrategyError: The constructor raises an error that callers would misread, such as an OSError, which would look
+            like a full disk (see `fence.inside`).
         TypeError: The constructor returns an instance of another class.
     """
     if not dataclasses.is_dataclass(chosen):
@@ -230,7 +234,7 @@ def _check_class(cls: type[Strategy]) -> None:
 
 
 def _only(kind: str, name: str, infos: list[StrategyInfo]) -> StrategyInfo | None:
-    """Return the class to use of those with the same kind and name, or None. Reports a clash if there are several."""
+    """Return the only class of a kind and name. If there are several, warn, and return the built-in one, or None."""
     if len(infos) == 1:
         return infos[0]
     builtin = [info for info in infos if info.plugin == "specvlm"]

@@ -24,9 +24,9 @@ SIGNALS: dict[str, str] = {
 }
 STATE_SIGNALS = frozenset({"text_similarity", "hidden", "hidden_text", "final_norm", "key_norm", "key_norm_text"})
 CODEC_SIGNALS = frozenset({"motion", "packet_bytes", "intra"})
-# Those of the target's attention with a row for each layer.
+# Signals of the target's attention that have a row for each layer.
 LAYERED = frozenset(f"verifier_attention_{part}" for part in ("per_layer", "per_kv_head", "last_row", "weighted"))
-# Those that are the same for every question about a video.
+# Signals that are the same for every question about a video.
 VIDEO_SIGNALS = CODEC_SIGNALS | {"features", "vision_attention", "vision_keys", "hidden", "final_norm", "key_norm"}
 
 

@@ -25,7 +25,7 @@ class TrackContext:
     """The job that a tracker is to mirror.
 
     Attributes:
-        name: Name of the job; any text. Jobs of a sweep differ in it.
+        name: Name of the job, any text; different for each job of a sweep.
         group: Name of the sweep, or of the folder of a single job.
         folder: Folder of the sweep or of the single job. A tracker keeps its files in its own subfolder.
         config: Configuration of the job: plain values, nested by group. For a sweep, the names of its jobs.
@@ -46,8 +46,9 @@ class TrackContext:
 class TrackedRun(ABC):
     """The mirror of one job while it runs. Runs of several jobs are open at the same time.
 
-    The methods are called from several threads, one after the other. A method that raises, or takes longer than 90 s,
-    ends the mirror of its job with a note. Results are on disk before any method is called.
+    Methods are called from several threads, but never two at the same time. If a method raises, nothing more of its job
+    is mirrored. If logging an event takes longer than 90 s, the tracker is turned off for all jobs of the command. Both
+    show a note. Results are on disk before any method is called.
     """
 
     @abstractmethod
@@ -74,13 +75,14 @@ class TrackedRun(ABC):
 
     @abstractmethod
     def finish(self, code: int) -> None:
-        """End the run. Nothing is called afterwards. code: exit code of the job, 0 if all is well."""
+        """End the run. This is the last call to it. code: exit code of the job, 0 if all is well."""
 
 
 class Tracker(Strategy, ABC):
     """Base class of trackers: they mirror the results of jobs over a data set in an experiment tracker.
 
-    A killed job never ends its run. When it is resumed, a new run gets all samples again.
+    If a job is killed, `TrackedRun.finish` is never called. If the job is then resumed, it starts a new run, which gets
+    all samples, including those done before.
     """
 
     kind = "tracker"
@@ -97,5 +99,9 @@ class Tracker(Strategy, ABC):
         """
 
     def next_step(self, folder: Path) -> str:
-        """Command to suggest when all jobs are done, such as one that uploads what `folder` holds; may be empty."""
+        """Return a command to suggest to the user when all jobs are done; empty for none.
+
+        Args:
+            folder: The results folder. The command may, for example, upload what it holds.
+        """
         return ""

@@ -21,8 +21,8 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
-        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
-        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
+        top_k: Keep this many of the most likely tokens, and those that tie with the last of them; 0 is off.
+        top_p: Keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off.
         coupled: True if each token is the one with the highest `scores`, whose noise follows from the request's seed,
             not from a random generator.
     """
@@ -53,8 +53,8 @@ class Sampling:
         with similar logits draws.
 
         Args:
-            logits_NV: (N, V)
-            noise_NV: From `gumbel`, (N, V) or (1, V), on the device of the logits.
+            logits_NV: (N, V) logits. N is any number of rows here.
+            noise_NV: Noise from `gumbel`, (N, V) or (1, V), on the device of the logits.
 
         Returns:
             (N, V) float64; -inf for tokens that top-k or top-p removes.
@@ -144,12 +144,12 @@ def uniform(count: int, generator: torch.Generator) -> Tensor:
 class Verifier(Strategy, ABC):
     """Base class of verifiers: decide which guesses are accepted, as a pure function of the context.
 
-    Implement one of two methods: `decide`, which works on the device only and can be captured, or `verify`, which may
-    read tensors on the host.
+    Implement one of two methods: `decide`, which works on the device only, so that its step can be captured in a CUDA
+    graph, or `verify`, which may read tensors on the host.
 
-    A lossy verifier cannot change where the answer ends: the loop cuts the accepted path at any guess that would end
-    the answer, or continue it, against the target's own choice (its argmax, or a draw from `sampling`). Verification
-    with a lossy verifier is not captured.
+    A lossy verifier cannot change where the answer ends. The loop compares each token that it accepts or adds with the
+    target's own choice (its argmax, or a draw from `sampling`). Where they differ and either is a stop id, the path is
+    cut, and the target's choice is taken. Verification with a lossy verifier is not captured.
 
     Attributes:
         lossless: True if the output is exactly the target's own (greedy, coupled) or has exactly its distribution
@@ -197,8 +197,9 @@ class Verifier(Strategy, ABC):
     def decide(self, ctx: VerifyContext) -> Tensor:
         """Verify a tree on the device, without reading a tensor on the host.
 
-        Control flow may depend on the shape of the tree, never on the value of a tensor. Keep tensors that are built
-        from the shape alive (functools.cache) unless `tree.varies`, since a captured step refers to them by address.
+        Control flow may depend on the shape of the tree, never on the value of a tensor. A captured step refers to
+        tensors by address, so do not free those that are built from the shape: cache them (functools.cache), unless
+        `tree.varies`.
 
         Args:
             ctx: The tree and the target's logits.
@@ -212,8 +213,8 @@ class Verifier(Strategy, ABC):
     def follow(self, parents: Sequence[int], tokens: Sequence[int], best: Sequence[int]) -> tuple[int, int]:
         """Verify a tree on the host, as `decide` does, from the target's argmax after each node.
 
-        Only for a rule that reads nothing else of the logits. Used for requests that share a pass, and only with
-        specvlm's own rules; others are called through `decide`.
+        Implement this only if `decide` reads nothing of the logits but the argmax. It is called when several requests
+        share a pass, and only for built-in verifiers; those of plugins are called through `decide`.
 
         Args:
             parents: Parent of each node; -1 for the root.
@@ -276,7 +277,7 @@ class Verifier(Strategy, ABC):
 
 
 def decision_of(verifier: Verifier, context: VerifyContext) -> Tensor:
-    """Apply a rule. Raises ValueError unless it returns (2,) integers, since later code could not detect that."""
+    """Call `decide`. Raises ValueError if its result is not (2,) integers, which later code could not detect."""
     found = verifier.decide(context)
     if found.shape != (2,) or found.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`decide` returns (2,) integers, got {tuple(found.shape)} {found.dtype}")

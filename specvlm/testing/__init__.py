@@ -45,7 +45,7 @@ LAYERS, WIDTH = 32, 8  # of the imaginary target that the signals come from
 
 
 def __getattr__(name: str) -> Any:
-    """Import the other checks on first use, so that `check_pruner` need not wait for Hugging Face's models."""
+    """Import the other checks on first use, so that `check_pruner` need not wait for the import of transformers."""
     if name in ("check_drafter", "check_family", "check_metric", "check_tracker", "check_verifier"):
         return getattr(import_module(f"specvlm.testing.{name.removeprefix('check_')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -57,11 +57,11 @@ def check_pruner(pruner: type[Pruner] | Pruner, **fields: Any) -> None:
     Cases: small grids (one frame, one token per frame, a single token, newline tokens, two videos); all budgets from 1
     to N for random float32 signals, a few for equal, zero and bfloat16 signals; on the CPU and, if available, on CUDA.
 
-    Checks: the budget is kept, or all tokens if `keeps_all` is set; the result is on the right device; rows of `pool`
-    sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs are not
-    changed; the names of fields and signals are allowed; `draft_layers`, `state_layer`, `attention_layers` and
-    `row_weights` fit `needs`; a missing signal raises a ValueError that names it. A pruner may refuse several videos, but
-    only with a ValueError whose message is a sentence.
+    Checks: no more tokens are kept than the budget, or all if `keeps_all` is set; the result is on the right device;
+    rows of `pool` sum to 1; the same seed gives the same tokens, whatever the state of torch's global generator; inputs
+    are not changed; the names of fields and signals are allowed; `draft_layers`, `state_layer`, `attention_layers` and
+    `row_weights` fit `needs`; a missing signal raises a ValueError that names it. A pruner may refuse several videos,
+    but only with a ValueError whose message is a sentence.
 
     Args:
         pruner: A class or an instance. The class must work without arguments.

@@ -16,7 +16,13 @@ S = TypeVar("S", bound=Strategy)
 
 
 def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
-    """Check the class of a strategy, and return the instance to test: the given or a new one, with these fields."""
+    """Check the class of a strategy (see `check_class`), and return the instance to test.
+
+    Args:
+        strategy: A class, which is called with `fields`; or an instance, of which these fields are replaced in a copy.
+        base: Base class that it must have, such as `Pruner`.
+        fields: Values by name of a field.
+    """
     cls: type[S] = strategy if isinstance(strategy, type) else type(strategy)
     check_class(cls, base)
     if isinstance(strategy, type):
@@ -25,7 +31,7 @@ def made(strategy: type[S] | S, base: type[S], fields: dict[str, Any]) -> S:
 
 
 def check_class(cls: type[Any], base: type[Strategy]) -> None:
-    """Check that a class is a named, frozen dataclass of plain values that can be built without arguments."""
+    """Check that a class is a named, frozen dataclass derived from `base`, whose fields have plain defaults."""
     what = cls.__name__
     assert issubclass(cls, base), f"{what} is not a subclass of specvlm.strategies.{base.__name__}"
     name = getattr(cls, "name", None)

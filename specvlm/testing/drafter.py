@@ -170,7 +170,7 @@ def _same(what: str, where: str, got: list[int], alone: list[int]) -> None:
 
 
 def _check_short(drafter: Drafter, family: str, alone: list[int]) -> None:
-    """Check answers that are shorter than a tree may be deep: 1, 2 and 5 tokens."""
+    """Check answers of 1, 2 and 5 tokens, since a tree may be deeper than the answer is long."""
     draft = _drafts(family, drafter)[0][1]
     for limit in (1, 2, 5):
         where = f"a tiny {family}, {limit} tokens"
@@ -225,7 +225,10 @@ class _Forced(Verifier):
 
 
 def _check_every_verdict(drafter: Drafter, family: str) -> None:
-    """Check the trees of sessions in which the verifier accepts each node in turn. Several starts cover large trees."""
+    """Check the trees of sessions in which the verifier accepts one node after the other, regardless of the logits.
+
+    An answer has too few rounds for all nodes of a large tree, so several sessions start at different nodes.
+    """
     where = f"a tiny {family}, verdicts of every path"
     for draft in {draft for _, draft in _drafts(family, drafter)}:
         for start in range(0, drafter.max_nodes, 6):

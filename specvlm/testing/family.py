@@ -36,14 +36,15 @@ def check_family(target: str | Path, draft: str | Path) -> int:
     The two checkpoints may have random weights. Both are loaded in float32 on the CPU, and the target a second time by
     transformers alone, with its own attention.
 
-    Cases: prompts of text, an image, two images, a video, two videos, both, and a question before both; the drafters
-    `tree` and `self`, ratios 0, 0.9 and 1, original and reindexed positions.
+    Cases: prompts of text, an image, two images, a video, two videos, a video and an image, and a question before a
+    video and an image; the drafters `tree` and `self`, ratios 0, 0.9 and 1, original and reindexed positions.
 
-    Checks: shapes of features, embeddings and positions; runs that fill a grid; text after the last video or image that
-    counts up by one, equally on all axes; a frame's features that do not depend on other frames; attention recorded by
-    a `VisionProbe`, whose rows must be finite and in the order of the features; a prefill in pieces; frames that
-    `sampling` chooses; a target that accepts its own guesses; and that the logits of every row of the prompt are those
-    of transformers' forward, within rounding, and every answer that of its `generate`.
+    Checks: features, embeddings and positions have the right shapes; the lengths from `runs` fill the grid; positions
+    of the text after the last video or image count up by one, equally on all axes; a frame's features do not depend on
+    other frames; the attention in a `VisionProbe` is finite, and its rows are in the order of the features; a prefill
+    in pieces gives the same result; `sampling` chooses frames that can be read; a target that drafts for itself accepts
+    its guesses; the logits of every row of the prompt are those of transformers' forward, within rounding; every answer
+    is that of transformers' `generate`.
 
     Args:
         target: Folder of a checkpoint of the family.
@@ -122,7 +123,7 @@ def _check_sampling(lm: VideoLM) -> None:
 
 
 def _check_prompt(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
-    """Check slots, runs and positions."""
+    """Check the tokens in the slots, the lengths from `runs` and the counts from `frame_patches`, and the positions."""
     for grid, video in zip(prompt.grids, prompt.videos, strict=True):
         runs, (frames, patches) = lm.runs(grid, video), lm.frame_patches(video)
         assert sum(runs) == len(grid) and min(runs) > 0, f"{what}: runs {runs} do not fill a grid of {len(grid)} tokens"
@@ -164,7 +165,7 @@ def _check_features(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
 
 
 def _check_prefill(lm: VideoLM, prompt: VideoPrompt, what: str) -> None:
-    """Check that a prefill in small pieces gives the same state."""
+    """Check that a prefill in pieces of 7 rows gives the same final hidden state as one in a single piece."""
     embeds, positions = lm.embed(prompt, lm.features(prompt)), lm.positions(prompt)
     whole, pieces = (
         lm.prefill(embeds, positions, lm.new_cache(len(prompt)), prompt.cut, chunk=chunk) for chunk in (len(prompt), 7)

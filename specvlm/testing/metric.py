@@ -35,6 +35,7 @@ def check_metric(metric: type[Metric] | Metric, **fields: Any) -> None:
 
     Raises:
         AssertionError: The metric breaks the contract.
+        UserError: The metric raised it, for example since a library that it needs is missing.
     """
     metric = made(metric, Metric, fields)  # type: ignore[type-abstract]
     cases = list(_answers())

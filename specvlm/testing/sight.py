@@ -1,7 +1,7 @@
 """Contract checks for the attention that a family records in its vision tower.
 
 The checks do not know the tower. They change pixels of a clip and observe which rows of the record change: a frame's
-rows may not depend on other frames, and the key that changes most must be that of the token whose features change most.
+rows may not depend on other frames, and the token whose features change most must have one of the most changed keys.
 
 Shape suffixes: N video tokens, P tokens per frame, C size of a key, D hidden size.
 """
@@ -21,12 +21,12 @@ from specvlm.testing.contract import seeded
 from specvlm.types import TokenGrid, entering
 from specvlm.video.video import Clip
 
-CELLS = 16  # most tokens of a frame whose pixels are changed
+CELLS = 16  # maximum number of tokens per frame that are tested by changing their pixels
 FEW = 9  # in frames of fewer tokens, attention is too noisy to judge
 
 
 class Seen(NamedTuple):
-    """Output of a tower for a clip: its grid, and features, received attention and keys of its frames' tokens."""
+    """The grid of a clip, and what a tower gives for each token of its frames: features, received attention and key."""
 
     grid: TokenGrid
     features_ND: Tensor
@@ -55,7 +55,7 @@ def seen(lm: VideoLM, clip: Clip) -> Seen:
 
 
 def _check_values(found: Seen, what: str) -> None:
-    """Check that attention sums to at most 1 per frame, and that keys differ from token to token."""
+    """Check that values are finite, attention is above 0 and at most 1 in sum per frame, and keys are not all equal."""
     attention_N, keys_NC = found.attention_N, found.keys_NC
     finite = bool(attention_N.isfinite().all() and keys_NC.isfinite().all())
     assert finite, f"{what}: the recorded attention or keys are not finite"
@@ -67,7 +67,11 @@ def _check_values(found: Seen, what: str) -> None:
 
 
 def _check_frames(lm: VideoLM, clip: Clip, whole: Seen, what: str) -> None:
-    """Move all frames of the clip one place ahead and put new ones last: the rows of the others must move with them."""
+    """Check that a frame's rows depend only on that frame.
+
+    Drops the pictures of the first frame of the grid and appends random ones. The rows of the other frames must be the
+    same as before, one frame earlier.
+    """
     count, rest = divmod(len(clip.frames), whole.grid.frames)
     if rest or whole.grid.frames < 3:
         return
@@ -83,10 +87,11 @@ def _check_frames(lm: VideoLM, clip: Clip, whole: Seen, what: str) -> None:
 
 
 def _check_tokens(lm: VideoLM, clip: Clip, what: str) -> None:
-    """Invert the pixels of one token after the other. The record must move most where the features do.
+    """Invert the pixels of one token after the other, and check that the record changes where the features do.
 
-    Attention is noisier than keys, since a changed token may receive as much as before. So its changes are summed over
-    the tokens, and not judged in frames of fewer than FEW tokens.
+    The key of the token whose features change most must change more than half as much as any other. Attention is
+    noisier than keys, since a changed token may receive as much as before. So its changes are summed over the tokens,
+    and not judged in frames of fewer than FEW tokens.
     """
     base, own, mean = seen(lm, clip), 0.0, 0.0
     for changed in _inverted(clip.frames, base.grid):
@@ -104,7 +109,7 @@ def _check_tokens(lm: VideoLM, clip: Clip, what: str) -> None:
 
 
 def _moves(base: Seen, now: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """(P,) how much the features, key and attention of each token of the first frame have changed."""
+    """Measure how much the features, key and attention of each token of the first frame changed; each (P,)."""
     size = base.grid.per_frame
     features_P, keys_P = (
         (ours - before)[:size].norm(dim=1)

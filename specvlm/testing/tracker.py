@@ -27,11 +27,11 @@ def check_tracker(tracker: type[Tracker] | Tracker, **fields: Any) -> None:
 
     Cases: three jobs of a sweep, open at the same time, and the run of the sweep; names and texts of any content, even
     ones that are not valid Unicode; numbers of any size; samples out of order; tables with pictures, empty cells and
-    without rows; a job that fails, and one of the same name, as after `resume=true`. All in a temporary folder.
+    without rows; jobs that fail; a second run of a job, as after `resume=true`. All in a temporary folder.
 
-    Checks: nothing is raised; `start` returns a `TrackedRun` or None; arguments are not changed; nothing is
-    written into the working directory; torch's global generator and the environment stay as they are; `next_step` is
-    one line.
+    Checks: nothing is raised; `start` returns a `TrackedRun` or None; arguments are not changed; nothing is written
+    into the working directory; torch's global generator and environment variables that are set stay as they are;
+    `next_step` is one line.
 
     Args:
         tracker: A class or an instance. The class must work without arguments.
@@ -109,7 +109,7 @@ def _rows() -> Iterator[tuple[Any, ...]]:
 
 
 def _done(tracker: Tracker, what: str, action: Callable[[], Any]) -> Any:
-    """Call the tracker; an AssertionError says what failed."""
+    """Call `action`. If it raises, raise an AssertionError that says `what` failed."""
     try:
         return action()
     except Exception as error:

@@ -74,7 +74,7 @@ def check_verifier(verifier: type[Verifier] | Verifier, **fields: Any) -> None:
         _check_certain(verifier)
     if verifier.lossless and verifier.sampling.temperature > 0:
         _check_first(verifier)
-        _check_distribution(verifier, "one node", drawn=True)  # it has no guesses to be given
+        _check_distribution(verifier, "one node", drawn=True)  # without guesses, drawn=False is the same test
         for shape, drawn in product(("a chain", "siblings", "an uneven tree"), (True, False)):
             _check_distribution(verifier, shape, drawn)
 
@@ -200,7 +200,7 @@ def _check_certain(verifier: Verifier) -> None:
 def _check_distribution(verifier: Verifier, shape: str, drawn: bool) -> None:
     """Check the distribution of the token that follows each accepted node. A node's logits depend only on its token.
 
-    drawn: Draw the guesses from q and pass q on; else draw other guesses and pass no q.
+    drawn: Draw the guesses from q, and give q to the verifier. If false, draw them from q + 1, and give it no q.
     """
     parents, chance, rule = SHAPES[shape], seeded(5), verifier.sampling
     target, draft = (torch.randn(V, V, generator=chance, dtype=torch.float64) for _ in "pq")

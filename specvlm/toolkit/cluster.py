@@ -13,12 +13,12 @@ ENTRIES = 1 << 25  # maximum number of distances in memory at once, unless a sin
 
 
 def density_scores(x_GPD: Tensor, k: int = 7, mask_GP: Tensor | None = None) -> Tensor:
-    """Score tokens as cluster centres: score_i = log(density_i * gamma_i), gamma_i the distance to a denser token.
+    """Score tokens as cluster centres. Dense tokens that are far from any denser one score highest.
 
-    d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k nearest tokens j, including i itself);
-    gamma_i = min d_ij over denser j, or max d_ij for the densest token. Of equally dense tokens the earlier counts as
-    denser; the published implementations add noise instead. Computed in logs, since exp(-d^2) underflows to 0 in
-    float32 for tokens that are far apart. Takes time proportional to G P^2 D.
+    score_i = log(density_i * gamma_i), where d_ij = |x_i - x_j| / sqrt(D); density_i = exp(-mean of d_ij^2 over the k
+    nearest tokens j, including i itself); gamma_i = min d_ij over denser j, or max d_ij for the densest token. Of
+    equally dense tokens the earlier counts as denser; the published implementations add noise instead. Computed in
+    logs, since exp(-d^2) underflows to 0 in float32 for tokens that are far apart. Takes time proportional to G P^2 D.
 
     Args:
         x_GPD: (G, P, D) features.
@@ -77,7 +77,7 @@ def _parts(x_GPD: Tensor, mask_GP: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _squares(x_GPD: Tensor, mask_GP: Tensor) -> Tensor:
-    """(G, P, P) squared distances divided by D; 0 on the diagonal; inf where either token is outside the mask."""
+    """Compute (G, P, P) squared distances divided by D: 0 on the diagonal, inf if either token is outside the mask."""
     x_GPD = x_GPD.float()
     gram_GPP = x_GPD @ x_GPD.mT
     norm_GP = gram_GPP.diagonal(dim1=1, dim2=2)

@@ -18,7 +18,7 @@ def at_once(device: torch.device) -> int:
 
 
 def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
-    """Cosine similarity over the last axis of two tensors of equal shape, in float32; 0 where either vector is 0.
+    """Compute cosine similarities over the last axis of two tensors of equal shape, in float32; 0 for a zero vector.
 
     Works through the first axis in slices that fit a CPU's cache. On a CPU this is several times faster than torch's
     cosine_similarity, and no normalised copy of all features is made.
@@ -29,7 +29,14 @@ def cosine(a_FD: Tensor, b_FD: Tensor) -> Tensor:
 
 
 def adjacent_cosine(x_FD: Tensor) -> Tensor:
-    """Cosine similarity of each frame to the next, in float32: (E,) for features (F, D), (E, P) for (F, P, D)."""
+    """Compare each frame with the next by cosine similarity, in float32.
+
+    Args:
+        x_FD: (F, D) features of frames, or (F, P, D) features of their tokens.
+
+    Returns:
+        (E,) similarities of frames, or (E, P) of the tokens in the same place.
+    """
     return cosine(x_FD[:-1], x_FD[1:])
 
 
@@ -90,14 +97,21 @@ def apportion(total: int, sizes_G: Tensor) -> Tensor:
 
 
 def spread(count: int, budget: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the middles of `budget` equal parts of 0..count-1, ascending; (budget,), unique if budget <= count."""
+    """Choose `budget` of the numbers 0..count-1: the middle of each of `budget` equal parts.
+
+    Returns:
+        (budget,) numbers, ascending. They differ from each other if budget <= count.
+    """
     return (2 * torch.arange(budget, device=device) + 1) * count // max(2 * budget, 1)
 
 
 def block_of(height: int, width: int, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Divide a grid of cells into blocks. Returns (P,), for each cell the index of the middle cell of its block.
+    """Divide a grid of cells into blocks, each represented by its middle cell.
 
-    Blocks have `side` x `side` cells, fewer at the bottom and right edges of the grid; P = height * width.
+    Blocks have `side` x `side` cells, fewer at the bottom and right edges of the grid.
+
+    Returns:
+        (height * width,) index of the middle cell of each cell's block, in raster order.
     """
 
     def middle(count: int) -> Tensor:

@@ -13,7 +13,10 @@ SPREAD = 0.7
 
 
 def chance_of(first: float, rank: int) -> float:
-    """Return the chance that a guess of this rank is right. first: the chance of the best guess in the same place."""
+    """Return the chance that a guess is right, by its rank among the guesses for its place (0 is the best).
+
+    first: The chance of the guess of rank 0.
+    """
     return first if rank == 0 else (1 - first) * float(rank**-SPREAD - (rank + 1) ** -SPREAD)
 
 
@@ -34,12 +37,12 @@ def expected(shape: TreeShape, first: Sequence[float]) -> float:
 
 @lru_cache(16)
 def best_shape(guesses: int, depth: int, first: float) -> TreeShape:
-    """Return the tree of highest expected acceptance, if the chance of a best guess is `first` at all depths.
+    """Return the tree with the highest number of expected accepted guesses (see `expected`).
 
     Args:
-        guesses: Number of guesses.
+        guesses: Number of guesses in the tree.
         depth: Maximum depth of a guess.
-        first: The chance, less than 1.
+        first: Chance that the best guess in a place is right, above 0 and below 1; the same at all depths.
     """
     paths, open_ = list[list[int]](), dict[tuple[int, ...], float]()
     open_[0,] = first

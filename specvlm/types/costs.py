@@ -18,10 +18,10 @@ Milliseconds = Annotated[float, Within(0, 1e9)]
 
 @dataclass(frozen=True)
 class RoundCost:
-    """Times of a round, in ms.
+    """Measured times of a decoding round in ms, and the sizes that they were measured for.
 
     Attributes:
-        requests: Requests that share it.
+        requests: Number of requests that share the round.
         rows: Rows of the target's pass, over all requests.
         passes: Number of draft passes, which run one after another.
         draft_rows: Rows of all these passes together, over all requests.
@@ -46,7 +46,7 @@ class RoundCost:
 
 
 def sizes_of_round(shape: TreeShape) -> tuple[int, int, int]:
-    """Return a request's draft passes, rows of the target, and rows of all draft passes, for a tree of this shape."""
+    """Count a request's draft passes, the rows of the target's pass, and the rows of all draft passes together."""
     return len(shape.levels), len(shape), sum(map(len, shape.levels))
 
 
@@ -69,7 +69,21 @@ class _Profile(TypedDict):
 
 
 def read_costs(path: Path, drafter: str) -> tuple[RoundCost, ...]:
-    """Read a drafter's costs from the costs.json of `python -m specvlm.advise`. Raises ValueError or OSError."""
+    """Read a drafter's costs from the costs.json of `python -m specvlm.advise`.
+
+    Args:
+        path: The file.
+        drafter: Name of the drafter.
+
+    Returns:
+        The cost of a round without drafting; those of the drafter's trees; and those of rounds that several requests
+        share, with drafting only for the drafter `tree`. Costs with drafting are those of one ratio, the highest below
+        1 that was measured for the drafter.
+
+    Raises:
+        ValueError: The file or a tree shape in it is invalid.
+        OSError: The file cannot be read.
+    """
     found: _Profile = parse(_Profile, json_of(read_text(path)), f"costs={path}")
     rounds = [RoundCost(1, 1, 0, 0, 0.0, found["alone_ms"])]
     mine = [one for one in found["timings"] if one["drafter"] == drafter]

@@ -1,4 +1,4 @@
-"""Rows that enter a language model together with those that DeepStack adds inside it.
+"""Features of models with DeepStack: the rows that enter the language model, and those that are added inside it.
 
 Shape suffixes: N rows, L levels, D hidden size.
 """
@@ -40,12 +40,12 @@ class Features:
         return self.rows.device
 
     def to(self, dtype: torch.dtype) -> Features:
-        """Convert both parts."""
+        """Convert both parts to a dtype."""
         return Features(self.rows.to(dtype), self.added.to(dtype))
 
 
 def entering(values: Tensor | Features) -> Tensor:
-    """(N, D) rows that enter the first layer."""
+    """Return the (N, D) rows that enter the first layer."""
     return values.rows if isinstance(values, Features) else values
 
 
@@ -58,7 +58,7 @@ def joined(parts: Sequence[Tensor | Features]) -> Tensor | Features:
 
 
 def merged(pool_KN: Tensor, values: Tensor | Features) -> Tensor | Features:
-    """Merge rows by the weights of a (sparse) matrix (see `KeepSet.pool`), and added rows likewise."""
+    """Merge N rows into K, and added rows likewise, by a matrix of weights that may be sparse (see `KeepSet.pool`)."""
     if isinstance(values, Features):
         pool_KN = pool_KN.to(values.rows)
         added = (pool_KN @ values.added.flatten(1)).unflatten(1, values.added.shape[1:])

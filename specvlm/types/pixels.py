@@ -18,9 +18,10 @@ UNHASHED = frozenset({"origin", "digest"})  # keys that only say where pixels co
 
 
 def hash_of(item: Mapping[str, Any]) -> str:
-    """SHA-256 of a processed video or image: names, shapes, dtypes and bytes of its tensors, and its other values.
+    """Compute the SHA-256 of a processed video or image, except the keys in UNHASHED.
 
-    Tensors are hashed in pieces, whose hashes are hashed, so that several threads can work.
+    It covers names, shapes, dtypes and bytes of tensors, and the repr of other values. Of a tensor, several threads
+    hash a piece each, and the result covers the pieces' hashes.
     """
     found = sha256()
     for name in sorted(item.keys() - UNHASHED):
@@ -88,10 +89,11 @@ class LateVideo(dict[str, Any]):
     """A processed video whose tensors are made when first accessed, as in `video["pixels"]`.
 
     Args:
-        known: Its other values.
+        known: The values that are not tensors.
         read: Makes the video with its tensors.
         digest: Digest of the video with its tensors.
-        vision_rows: Patches in the largest pass of the vision tower, which depends on the tensors.
+        vision_rows: Number of patches in the largest pass of the vision tower, which otherwise is computed from the
+            tensors.
     """
 
     def __init__(self, known: Mapping[str, Any], read: Callable[[], Mapping[str, Any]], digest: str, vision_rows: int) -> None:

@@ -25,11 +25,11 @@ class TokenLogprobs(NamedTuple):
 
 
 class Reused(NamedTuple):
-    """Part of a prompt whose rows earlier requests had computed.
+    """Part of a prompt that was not computed again, since the KV cache rows of earlier requests were kept.
 
     Attributes:
-        tokens: Number of prompt tokens.
-        seconds: Time that computing these rows took.
+        tokens: Number of prompt tokens in that part; 0 if none was found.
+        seconds: Time that the earlier requests took to compute it.
     """
 
     tokens: int
@@ -47,8 +47,9 @@ class Step:
             round 0, and if the target decodes alone.
         verdict: The verifier's verdict, before the output was cut. None if `tree` is.
         times_s: Seconds per stage since the previous step, without the caller's time in between. The stages are embed,
-            prefill, prune, draft_prefill, draft, verify, and capture when the engine captured a CUDA graph. Of a draft's
-            start, prune and draft_prefill have what follows the first token, not what ran beside the prefill.
+            prefill, prune, draft_prefill, draft, verify, and capture when the engine captured a CUDA graph. If a draft
+            on a GPU of its own starts while the target's prefill runs, prune and draft_prefill are only the time spent
+            after the first token.
         keep: Video tokens that the drafter sees. Set only in the first drafted step, and only if the drafter runs a
             model and does not choose the tokens itself.
         attention: (N,) attention of the question to each video token in the target. Set in the first drafted step if
@@ -57,9 +58,11 @@ class Step:
             them.
         lossless: Whether the verifier claims to be lossless. Guesses that a lossy verifier accepts do not show what the
             target would have chosen.
-        ahead: Number of levels of this round's tree that were drafted while the tree before was checked; 0 if none was
-            ready in time, or the outcome was not guessed. None if the drafter does not draft during checks.
-        reused: Part of the prompt that earlier requests had computed. Set only in round 0, if any is kept.
+        ahead: Number of levels of this round's tree that were drafted while the previous tree was checked; 0 if none
+            was ready in time, or the outcome of the check was not guessed. None if the drafter does not draft during
+            checks.
+        reused: Part of the prompt that earlier requests had computed. Set only in round 0, and only if prompts are kept
+            for reuse.
     """
 
     tokens: tuple[int, ...]
@@ -103,9 +106,10 @@ class Step:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Number of best guesses tried, up to the first one left out, below the root and below each accepted guess.
+        """Number of best guesses that were tried below the root, and below each accepted guess.
 
-        Empty without a tree, if guesses were drawn at random, or if the verifier is lossy.
+        It is w if the guesses of ranks 0 to w - 1 were in the tree, and that of rank w was not. Empty without a tree,
+        if guesses were drawn at random, or if the verifier is lossy.
         """
         return self._ranks_and_widths[1]
 

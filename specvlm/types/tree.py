@@ -114,7 +114,7 @@ class TreeShape:
 
 @lru_cache(256)
 def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
-    """(M,) depth of each node; the root has 0."""
+    """Return the (M,) depth of each node; the root has 0."""
     depths = [0]
     for parent in parents[1:]:
         depths.append(depths[parent] + 1)
@@ -122,7 +122,7 @@ def depths_of(parents: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def children_of(parents: tuple[int, ...]) -> list[list[int]]:
-    """(M,) child nodes of each node, in ascending order. Nodes of parent -1 are roots; there may be several."""
+    """List the child nodes of each node, in ascending order. Nodes of parent -1 are roots; there may be several."""
     below: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -217,15 +217,15 @@ class DraftTree:
         return tuple(reversed(way))
 
     def ranks_on(self, path: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ranks and widths along a path of accepted nodes, for statistics of the draft.
+        """Return ranks and widths along a path of accepted nodes, for statistics of the draft.
 
         Args:
             path: Accepted nodes, root first.
 
         Returns:
-            The rank of each guess on the path, and for each node of the path how many of the best guesses below it were
-            tried before the first one left out. Both are empty if guesses were drawn at random, since such guesses have
-            no rank.
+            The rank of each guess on the path; and the width of each node on the path: w if the guesses of ranks 0 to
+            w - 1 below it are in the tree, and that of rank w is not. Both are empty if guesses were drawn at random,
+            since such guesses have no rank.
         """
         if self.q is not None:
             return (), ()
@@ -236,7 +236,7 @@ class DraftTree:
         return tuple(of[node] for node in path[1:]), tuple(widths)
 
     def refused(self, path: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens of the best guesses that follow an accepted path and were rejected.
+        """Return the tokens of the best guesses that follow an accepted path and were rejected.
 
         They are found by going from the last node of `path` to its best child, and on to a leaf; none if that node is a
         leaf. If guesses were drawn at random, the first one drawn counts as the best.
@@ -262,7 +262,7 @@ class DraftTree:
 
 @remembered(64)
 def ancestor_mask(parents: tuple[int, ...]) -> Tensor:
-    """(M, M) bool, read-only: entry (i, j) is set if j is i or an ancestor of i."""
+    """Return an (M, M) bool mask, read-only since it is cached: entry (i, j) is set if j is i or an ancestor of i."""
     mask = torch.eye(len(parents), dtype=torch.bool)
     for node, parent in enumerate(parents):
         if parent >= 0:

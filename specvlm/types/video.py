@@ -111,7 +111,7 @@ class VideoPrompt:
 
     @property
     def joints(self) -> list[int]:
-        """First slot after each video. The prefill begins a new pass there, so that prompts may share a beginning."""
+        """First slot after each video. The prefill starts a new pass there, so that prompts can share earlier rows."""
         ends = torch.tensor([len(grid) for grid in self.grids], dtype=torch.int64).cumsum(0)
         return (self.video_index[ends - 1] + 1).tolist()
 
@@ -121,7 +121,7 @@ class VideoPrompt:
         return max((int(index[-1]) + 1 for index in (self.video_index, self.image_index) if len(index)), default=0)
 
     def kept_slots(self, index_K: Tensor) -> Tensor:
-        """Slots of the prompt that remain if only the video tokens `index_K` are kept; ascending, on the host."""
+        """Return the slots that remain if only the video tokens `index_K` are kept; ascending, on the host."""
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[self.video_index] = False
         keep[self.video_index[index_K.cpu()]] = True

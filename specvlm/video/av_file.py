@@ -24,7 +24,7 @@ LISTS = frozenset(("hls", "applehttp", "concat", "dash", "imf", "webm_dash_manif
 FRAME_THREADS = frozenset(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "libaom-av1"))
 # Formats that tolerate lost packets, or mix other data into the stream: see `frames_of`.
 LOSSY = frozenset(("mpegts", "mpeg", "asf", "h264", "hevc", "m4v", "mpegvideo"))
-DEFAULT_PIXELS = 5_000_000  # when it compares sizes, the ffmpeg tool adds these to a stream marked as default
+DEFAULT_PIXELS = 5_000_000  # to choose a stream, the ffmpeg tool adds these to the picture size of one marked as default
 
 
 class WrongIndex(Exception):
@@ -80,7 +80,7 @@ class Orientation:
 
 
 def container_of(path: Path) -> Any:
-    """Open a file as a container of PyAV, which may not open other files or URLs."""
+    """Open a file as a container of PyAV. FFmpeg may not open other files or URLs that it names."""
     import av
 
     may = {"format_whitelist": ",".join(sorted(av.formats_available - LISTS)), "protocol_whitelist": "file"}
@@ -90,12 +90,15 @@ def container_of(path: Path) -> Any:
 
 @contextmanager
 def opened(path: Path, threads: int = 1, **options: str) -> Iterator[tuple[Any, Any]]:
-    """Context manager that opens a file, and gives its container and the video stream that the ffmpeg tool would use.
+    """Context manager that opens a video file.
 
     Args:
         path: A regular file.
-        threads: Threads of the decoder. Decoders that are not in FRAME_THREADS get 1.
+        threads: Number of threads of the decoder. Decoders that are not in FRAME_THREADS get 1.
         options: FFmpeg options of the decoder.
+
+    Yields:
+        The container, and the video stream that the ffmpeg tool would use.
 
     Raises:
         UserError: The file cannot be read, has no video stream that can be decoded, or is an image or a text; or FFmpeg

@@ -117,7 +117,7 @@ def _read(av: Any, path: Path, sampled: Sequence[int], index: FrameIndex) -> Str
 
 
 def _moved(av: Any, frame: Any) -> np.ndarray[Any, Any]:
-    """Return (h, w), the length in pixels of each cell's motion after subtracting the frame's median motion.
+    """Measure how many pixels each cell moved, after subtracting the frame's median motion; (h, w).
 
     A cell that several blocks cover moves by the blocks' mean, weighted by area. Cells without a vector get 0.
     """

@@ -1,8 +1,8 @@
-"""Check before decoding that a video file exists, and read from its container how long it should be.
+"""Check before decoding that a video file exists, and read from its container how many bytes it should have.
 
-Decoders read a truncated file up to the cut, some of them silently. Many containers declare their length, which reveals
-the cut. Some writers declare too much, so the length alone proves nothing: `Packets.incomplete` looks for frames that
-are really missing. Data after the declared end, such as a tag, are ignored.
+Decoders read a truncated file up to the cut, some of them silently. Many containers declare their size in bytes, which
+reveals the cut. Some writers declare too much, so the size alone proves nothing: `Packets.incomplete` looks for frames
+that are really missing. Data after the declared end, such as a tag, are ignored.
 """
 
 import stat

@@ -95,9 +95,9 @@ class FrameIndex:
     """The frames of one video stream in display order.
 
     Attributes:
-        times: (N) Time of each frame, in seconds since the first.
-        stamps: (N) Time stamp of each frame in ticks, ascending. None if frames were counted instead.
-        sizes: (N) Compressed bytes of each frame; 0 if unknown.
+        times: (N,) Time of each frame, in seconds since the first.
+        stamps: (N,) Time stamp of each frame in ticks, ascending. None if frames were counted instead.
+        sizes: (N,) Compressed bytes of each frame; 0 if unknown.
         entries: The key frames, where decoding can start. Empty if frames were counted.
         packets: All packets of the stream.
         facts: Properties of the stream.
@@ -131,8 +131,8 @@ def index_of(path: Path, counted: bool = False) -> FrameIndex:
 
     Args:
         path: A regular file.
-        counted: Decode and count every frame, since an index made from time stamps has turned out to be wrong. Later
-            calls for the same file then count, too.
+        counted: True if an index made from time stamps has turned out to be wrong: decode and count every frame, also
+            in later calls for the same file.
 
     Raises:
         UserError: The file is damaged, not a video, or of a kind that cannot be read.
@@ -231,7 +231,7 @@ def _count(path: Path, threads: int, strict: bool) -> tuple[list[int | None], Fa
 
 
 def _continued(stamps: list[int | None]) -> list[int | None]:
-    """Fill in the decoding times of the last frames, which a decoder with delay does not give, in even steps."""
+    """Extrapolate the decoding times that a decoder with delay does not give for the last frames, in even steps."""
     known = [stamp for stamp in stamps if stamp is not None]
     if len(known) < 2 or stamps[: len(known)] != known:
         return stamps

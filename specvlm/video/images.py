@@ -87,9 +87,13 @@ def llava_image(image: Tensor, folder: str | Path, alone: bool = True) -> tuple[
 def llava_tokens(size: tuple[int, int], config: Any) -> int:
     """Count the tokens that LlavaOnevisionModel.pack_image_features makes of an image.
 
-    First come the tokens of the whole image, then those of its parts, cropped to the image's shape. If the parts have
-    over 1.1² times the tokens of n tiles, where ``vision_aspect_ratio`` is ``anyres_max_n``, they are shrunk to about
-    that number. Each row ends with a newline token.
+    First come the tokens of the whole image, then those of its parts, cropped to the image's shape. Each row of these
+    ends with a newline token. The setting ``vision_aspect_ratio`` is ``anyres_max_n``: parts with over 1.1² times the
+    tokens of n tiles are shrunk to about the tokens of n tiles.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        config: Configuration of the model.
     """
     from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 

@@ -79,7 +79,7 @@ def _channels_first(pixels: Tensor) -> Tensor:
 
 
 class BytesFile:
-    """Context manager: the path of a temporary file that holds these bytes, for readers that take only files."""
+    """Context manager that writes bytes to a temporary file and gives its path, for readers that take only files."""
 
     def __init__(self, content: bytes | bytearray | memoryview) -> None:
         self._content, self._folder = content, TemporaryDirectory(prefix="specvlm-")
@@ -94,5 +94,5 @@ class BytesFile:
 
 
 def detached(clip: Clip, name: str) -> Clip:
-    """Return a clip under another name, without its `origin` in a temporary file."""
+    """Return a copy of a clip read from a temporary file: with another name, and without an `origin`."""
     return replace(clip, source=name, index=())

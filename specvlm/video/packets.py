@@ -46,12 +46,14 @@ class Entries:
     place_of: dict[int, int] = field(default_factory=dict)
 
     def before(self, stamp: int) -> int | None:
-        """Return the index k in 0..K-1 of the last key frame that is stored and shown before a frame, or is the frame.
-
-        None if there is none. If `Packets.whole` is true, the frame refers to nothing before that key frame.
+        """Find the key frame from which to decode a frame: the last that is stored and shown before it, or the frame.
 
         Args:
             stamp: Display time of the frame.
+
+        Returns:
+            Index k in 0..K-1; None if there is no such key frame. If `Packets.whole` is true, the frame refers to
+            nothing before that key frame.
         """
         entry = bisect_right(self.place, self.place_of[stamp]) - 1
         while entry >= 0 and self.stamp[entry] > stamp:  # a leading frame may refer to frames before the key frame
@@ -61,7 +63,7 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Packets:
-    """All packets of a stream (P), in the order of storage.
+    """All P packets of a stream, in the order of storage.
 
     Attributes:
         kind: FFmpeg's name of the container.

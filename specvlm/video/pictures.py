@@ -1,4 +1,4 @@
-"""Convert decoded frames to the pixels of a clip: upright, RGB, of one size. First check that they fit in memory."""
+"""Convert decoded frames to the pixels of a clip: upright, RGB, all of the same size, if they fit in memory."""
 
 from fractions import Fraction
 from pathlib import Path

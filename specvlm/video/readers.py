@@ -71,7 +71,7 @@ def open_reader(path: Path, name: str = "auto", counted: bool = False) -> Reader
         path: A regular file.
         name: "pyav"; "decord", which falls back to PyAV if decord fails on the file or would give other frames than
             those shown; or "auto", which is PyAV if it is installed, else decord.
-        counted: True to count the frames by decoding them, after `decode` raised WrongIndex. Needs PyAV.
+        counted: True to count the frames by decoding them, after `decode` raised WrongIndex. Ignored without PyAV.
 
     Raises:
         UserError: The reader is not installed, or the file is damaged, not a video, or of a kind that cannot be read.

@@ -17,7 +17,7 @@ WHOLE = {  # settings that must be a whole number from 1 to this value
     **dict.fromkeys(("max_pixels", "longest_edge", "max_video_tokens"), LARGEST),
     **dict.fromkeys(("num_frames", "min_frames", "max_frames"), LARGEST),
 }
-WAYS = {1: "Lanczos", 2: "bilinear", 3: "bicubic"}  # of resizing, by the numbers of PIL
+WAYS = {1: "Lanczos", 2: "bilinear", 3: "bicubic"}  # names of PIL's numbers for methods of resizing
 POSITIVE = ("fps", "rescale_factor")
 FLAGS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_sample_frames", "cap_pixels_per_frame")
 
@@ -68,7 +68,10 @@ def read_video_settings(folder: str | Path, families: tuple[str, ...], resamples
     Args:
         folder: The model folder.
         families: Allowed beginnings of the processor's class name.
-        resamples: Allowed values of ``resample``: 1 is Lanczos, 3 bicubic.
+        resamples: Allowed values of ``resample``, PIL's numbers in WAYS.
+
+    Returns:
+        The settings as in the file, by name. Missing ones are left out.
 
     Raises:
         UserError: There is no such folder, it has no settings or a broken file, or the settings belong to another

@@ -1,8 +1,8 @@
 """Generate short synthetic videos with exact captions, for the embedded model pairs.
 
-One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and mostly
-disappear again. The results of `sample_scene`, `questions` and `render` depend only on their arguments. Seeds below
-`HELD_OUT` are never used in training.
+One to five coloured shapes appear at distinct seconds, stay, move between nine places or change colour, and most of
+them disappear again. The results of `sample_scene`, `questions` and `render` depend only on their arguments. Seeds
+below `HELD_OUT` are never used in training.
 
 Legend: B scenes, K object slots, C columns of an object row, T frames, S side of a sprite box in pixels.
 """
@@ -108,7 +108,7 @@ def sample_scene(seed: int | random.Random, seconds: int = SECONDS, min_objects:
     Args:
         seed: A seed, or a generator to draw from.
         seconds: Duration in seconds, 3 to 16.
-        min_objects: Minimum number of objects, 1 to 5. A scene has at most `seconds` - 2, even if this is less.
+        min_objects: Minimum number of objects, 1 to 5. A scene has at most `seconds` - 2, whatever the minimum.
 
     Raises:
         ValueError: `seconds` is out of range.
@@ -221,7 +221,11 @@ def questions(scene: Scene, seed: int | random.Random) -> list[tuple[str, str]]:
 
 
 class Col(IntEnum):
-    """Columns of an object row. Frame numbers are at 2 fps, positions in pixels; unused slots have ON = 0."""
+    """Columns of an object row (see `pack`). In unused rows, ON is 0. Frame numbers are at 2 fps, positions in pixels.
+
+    The object is shown from frame FIRST to LAST - 1, moves from (X0, Y0) at frame MOVE0 to (X1, Y1) at MOVE1, and has
+    the colour TURN from TURN_FRAME on. The other columns are fields of `Thing`.
+    """
 
     ON, SHAPE, COLOR, SIZE, TURN, TURN_FRAME, FIRST, LAST, X0, Y0, X1, Y1, MOVE0, MOVE1, START, STOP, SECOND, STAYS = range(18)
 
@@ -281,7 +285,7 @@ def coverage(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def canvas(backgrounds: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw empty scenes (B, 3, SIDE, SIDE) in 0..255. A lighter border shows a vision tower where the edges are."""
+    """Draw empty scenes (B, 3, SIDE, SIDE) in 0..255. A lighter border lets a vision tower see where the edges are."""
     device = backgrounds.device
     y, x = torch.meshgrid(torch.arange(SIDE, device=device), torch.arange(SIDE, device=device), indexing="ij")
     name, texture, phase = (c.view(-1, 1, 1) for c in backgrounds.unbind(1))

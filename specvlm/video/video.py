@@ -153,10 +153,10 @@ def read_video(
         end: End of the section, in seconds, excluded; None for the end of the video.
         reader: "auto", "pyav" or "decord".
         min_frames: Minimum number of frames with ``fps``. None means 1, or 4 for "qwen".
-        max_frames: Maximum number of frames. ``fps`` gives no more; without ``fps``, more are an error.
-        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function that maps the total and the
-            wanted number to indices. "qwen" rounds the number to an even one, as Hugging Face does, if ``frames`` or
-            ``fps`` is set.
+        max_frames: Maximum number of frames. With ``fps``, no more are taken; otherwise asking for more is an error.
+        sampling: The rule that spaces the frames: one of ``SAMPLINGS``, or a function of the number of frames in the
+            section and the number wanted, which returns indices. "qwen" rounds the number to an even one, as Hugging
+            Face does, if ``frames`` or ``fps`` is set.
 
     Returns:
         The frames, with their times and their places in the file.

@@ -15,11 +15,12 @@ SOURCES = {"target": "verifier_attention_last_row", "draft": "draft_attention_la
 
 @dataclass(frozen=True)
 class FastVPruner(Pruner):
-    """Keep the B tokens of highest attention from the last prompt token in one layer, mean over heads.
+    """Keep the video tokens that the last prompt token attends to most in one layer, averaged over heads.
 
     FastV (arXiv 2403.06764): score_j = mean over heads of the last prompt token's attention to video token j in layer
-    K, by default K = 2. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
-    starts. Ties go to the earlier token.
+    K, by default K = 2. The tokens with the highest scores are kept, as many as the budget allows; ties go to the
+    earlier token. FastV drops the model's own tokens after that layer; here tokens are chosen before the drafter
+    starts.
 
     Deviations: none.
 
@@ -27,9 +28,9 @@ class FastVPruner(Pruner):
 
     Attributes:
         layer: The layer K, counted from 1.
-        source: The model whose attention is used. `target` is free, a by-product of the target's prefill. `draft` takes
-            the model whose tokens are dropped, as FastV does, and costs K layers of the drafter over the unpruned
-            video.
+        source: The model whose attention is used. `target` is free, a by-product of the target's prefill. `draft` is
+            the model whose tokens are dropped, as in FastV, and costs a pass of the unpruned video through its first K
+            layers.
 
     Raises:
         UserError: `layer` is below 1 or above the model's number of layers, or `source` is unknown.

@@ -8,7 +8,7 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class NonePruner(Pruner):
-    """Keep every video token, at any ratio: the upper bound for pruners (SD-Tree in SpecVLM's paper).
+    """Keep every video token, whatever the ratio: the upper bound that pruners are compared with (SD-Tree in SpecVLM).
 
     Cost: none for the choice, but the drafter prefills and attends to the full video.
     """

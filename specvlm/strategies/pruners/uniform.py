@@ -10,9 +10,9 @@ from specvlm.types import KeepSet
 class UniformPruner(Pruner):
     """Keep tokens at equal distances in raster order: token floor(i (N - 1) / (B - 1)) for i = 0..B-1.
 
-    Raster order is time, row, column, over all videos. A budget of one keeps the first token; larger budgets keep the
-    first and the last. This is the "uniform only" ablation of SpecVLM (arXiv 2508.16201): the rule of its Stage II,
-    applied to all tokens.
+    N is the number of video tokens, B the budget. Raster order is time, row, column, over all videos. A budget of one
+    keeps the first token; larger budgets keep the first and the last. This is the "uniform only" ablation of SpecVLM
+    (arXiv 2508.16201): the rule of its Stage II, applied to all tokens.
 
     Deviations: none. Places are computed in integers: truncating a float linspace depends on the rounding of its last
     bit.

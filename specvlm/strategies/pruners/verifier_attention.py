@@ -8,11 +8,11 @@ from specvlm.types import KeepSet
 
 @dataclass(frozen=True)
 class VerifierAttentionPruner(Pruner):
-    """Keep the B tokens of highest a_j, the target's attention from the text after the video to video token j.
+    """Keep the video tokens that the text after the video attends to most, in the target.
 
-    B is the budget; a_j is the mean over layers, heads and text tokens. This is SpecVLM's Stage I alone (arXiv
-    2508.16201, "attention only"), which then takes the whole budget instead of a share of the attention. Ties go to the
-    earlier token.
+    Keeps as many as the budget allows, by their attention averaged over layers, heads and text tokens. Ties go to the
+    earlier token. This is Stage I of SpecVLM alone (arXiv 2508.16201, "attention only"). In `two_stage`, Stage I stops
+    at a share of the attention; here it fills the whole budget.
 
     Deviations: none.
 

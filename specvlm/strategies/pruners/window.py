@@ -15,9 +15,9 @@ PLACES = ("front", "middle", "back")
 class WindowPruner(Pruner):
     """Keep B neighbouring tokens in raster order, at the front, in the middle or at the back of the video.
 
-    The first one kept is token 0 (front), floor((N - B) / 2) (middle) or N - B (back), counted over all videos. These
-    are the window baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): all of one section of the video, nothing of the
-    rest.
+    B is the budget, and N the number of tokens of all videos. The first one kept is token 0 (front), floor((N - B) / 2)
+    (middle) or N - B (back). These are the window baselines of SpecVLM (arXiv 2508.16201, Fig. 7a): all of one section
+    of the video, nothing of the rest.
 
     Deviations: the paper does not say how to round the start of the middle block; it is rounded down here.
 

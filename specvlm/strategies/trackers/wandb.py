@@ -1,4 +1,4 @@
-"""Weights & Biases, the library wandb. It is imported when a run starts."""
+"""Mirror results to Weights & Biases (W&B). Its library, wandb, is imported only when a run starts."""
 
 import os
 import threading
@@ -30,13 +30,13 @@ TrackerMode = StrEnum("TrackerMode", "online offline disabled")
 class WandbTracker(Tracker):
     """Weights & Biases: a run for each job, grouped by sweep, and one with plots of the sweep.
 
-    If the server does not answer within 5 s, this run and all later ones of the command are written offline, below
-    `wandb` in the results folder.
+    If the server does not answer within 5 s, or W&B cannot start the run, this run and all later ones of the command
+    are written offline, below `wandb` in the results folder.
 
     Attributes:
-        mode: `online`; `offline`: written into the results folder, for `wandb sync`; `disabled`: nothing.
-        project: W&B's name of the project.
-        entity: W&B's name of the user or team; null: the default of the account.
+        mode: `online`; `offline`: written into the results folder, for `wandb sync`; `disabled`: nothing is written.
+        project: Name of the W&B project.
+        entity: W&B user or team that owns the project; null: the default of the account.
     """
 
     name = "wandb"
@@ -70,7 +70,7 @@ class WandbTracker(Tracker):
 
 
 class WandbRun(TrackedRun):
-    """An open W&B run. folder: where it keeps its files, below `wandb`."""
+    """A W&B run in progress. folder: the results folder; W&B keeps the run's files in its subfolder `wandb`."""
 
     def __init__(self, run: Any, folder: Path) -> None:
         self.run, self.folder = run, folder
@@ -147,7 +147,7 @@ def staging(folder: Path) -> Iterator[None]:
 
 
 def settings() -> Any:
-    """Make W&B's settings: quiet, without system statistics and the like that would disturb timings, and with limits.
+    """Make W&B's settings: with time limits, and without output and work that disturbs timings (system statistics).
 
     Leaves out settings that the installed W&B does not know.
     """

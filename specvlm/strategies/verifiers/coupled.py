@@ -23,12 +23,12 @@ class CoupledVerifier(SamplingVerifier):
     and Gumbel noise is largest for token x with probability p(x), so each token has the distribution p, warped by
     temperature, top_k and top_p. Given the seed the choice is fixed: guesses are accepted where they equal it, as in
     `greedy`. So the output is exactly the sequence that the target alone samples with this seed, with any pruner,
-    ratio, drafter and tree. A run with a baseline compares the two.
+    ratio, drafter and tree. A run with a baseline compares the two outputs.
 
     Built-in drafters that run a model rank guesses by that model's logits plus the same noise, unless set otherwise.
-    The best guess, from a draft distribution q, is then accepted with probability
-    sum_i 1 / sum_j max(p_j / p_i, q_j / q_i). That is at least (1 - d) / (1 + d) where `sampling` accepts a guess with
-    probability 1 - d, the overlap of p and q.
+    If the draft model's distribution is q, the best guess is then accepted with probability
+    sum_i 1 / sum_j max(p_j / p_i, q_j / q_i). This is at least (1 - d) / (1 + d), where d is the total variation
+    distance of p and q. `sampling` accepts a guess drawn from q with probability 1 - d.
 
     Daliri, Musco and Suresh (arXiv 2408.07978), drafter-invariant coupling. Deviations: trees as well as chains; the
     noise is hashed (SplitMix64), so no table of random numbers is shared.
@@ -40,8 +40,8 @@ class CoupledVerifier(SamplingVerifier):
 
     Attributes:
         temperature: Divides the logits; above 0.
-        top_k: Number of most likely tokens that remain, besides ties; 0 is off.
-        top_p: Least probability mass of the most likely tokens that remain, in (0, 1]; 1 is off.
+        top_k: Keep this many of the most likely tokens, and those that tie with the last of them; 0 is off.
+        top_p: Keep the fewest most likely tokens whose probabilities sum to at least this, in (0, 1]; 1 is off.
 
     Raises:
         ValueError: A field is out of range, `VerifyContext.key_2` is missing, or the logits give no distribution (NaN,

@@ -16,7 +16,7 @@ from specvlm.types import DraftTree, ancestor_mask
 
 @dataclass(frozen=True)
 class GreedyVerifier(Verifier):
-    """Accept the longest path on which every token is the target's argmax below its parent.
+    """Accept the longest path on which every token is the target's argmax after its parent.
 
     Node i is accepted if tokens[j] = argmax logits[parents[j]] for every j on the path from the root to i, including i.
     The deepest such node wins; of equally deep ones (possible if siblings share a token) the one of lowest number.
@@ -60,7 +60,7 @@ def deepest(ctx: VerifyContext, best_M: Tensor) -> Tensor:
         best_M: (M,) the target's choice of the token after each node.
 
     Returns:
-        (1,) node.
+        (1,) number of that node.
     """
     layout = ctx.tables or ctx.tree.kept(_layout)(ctx.tree.parents, best_M.device)
     up_M, root_M, beside_MM, order_M = layout[:4]

@@ -22,18 +22,19 @@ ROWS = 4096  # video states converted to float32 at a time
 class LooseVerifier(Verifier):
     """Visual anchors must match the target's argmax; other guesses need not. The output is NOT the target's own.
 
-    Each guess has a score A: the mean of the `nearest` largest cosine similarities between its last hidden state in the
-    target's check and the video tokens' in the prefill. Of a tree's guesses, the share `relaxed` with the lowest A is
-    relaxed (rounded down; ties go to the earlier guess). The others are anchors.
+    Each guess has a score A for how related to the video it is. Its last hidden state in the target's check is compared
+    with those of the video tokens in the prefill; A is the mean of the `nearest` largest cosine similarities. Of a
+    tree's guesses, the share `relaxed` with the lowest A is relaxed (rounded down; ties go to the earlier guess). The
+    others are anchors.
 
     From the root down, the path takes the child that equals the target's argmax, if there is one. Otherwise it takes
     the first child (the drafter's best) if that is relaxed, or if its token is among the target's argmaxes within
-    `window` positions on its path. Otherwise the path ends, and the argmax follows it. relaxed = 0 with window = 0 is
-    strict. As with every lossy verifier, the loop decides where an answer ends: a stop id is accepted exactly where the
-    target chooses one.
+    `window` positions on its path. Otherwise the path ends, and the argmax follows it. With relaxed = 0 and window = 0,
+    every guess must match, as in `greedy`. As with every lossy verifier, the loop decides where an answer ends: a stop
+    id is accepted exactly where the target chooses one.
 
     LVSpec (arXiv 2604.05650): anchors by A, relaxed = 0.7 (its λ), nearest = 10 (its N), the position-shift tolerance.
-    Deviations: stop ids are strict, since they would be accepted as filler and cut answers short. The paper leaves
+    Deviations: stop ids must match, since they would be accepted as filler and cut answers short. The paper leaves
     these open, as far as we can tell: λ is the share of one round's guesses (a running quantile would be state, and a
     verdict is a pure function of its context), the hidden states are the last layer's, the row is the guess's own,
     window = 2, and the rule for trees (the paper drafts chains of 10: use drafter.shape=chain:10).
@@ -46,8 +47,8 @@ class LooseVerifier(Verifier):
 
     Attributes:
         relaxed: Share of guesses that need not match, 0 to 1.
-        nearest: Number of most similar video tokens whose mean is the score.
-        window: Distance in positions at which a guess may match another of the target's choices; 0 is off.
+        nearest: Number of largest similarities that the score is the mean of.
+        window: Number of positions by which a guess may be shifted against the target's choice; 0 is off.
 
     Raises:
         ValueError: Unless 0 <= relaxed <= 1, nearest >= 1 and window >= 0.
