@@ -20,7 +20,7 @@ HARMLESS = frozenset(
         *("use_cache", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "low_memory"),
         *("renormalize_logits", "remove_invalid_values"),  # keep the argmax
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # only for padded batches and encoder-decoder models
+        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # for padded batches and encoder-decoder models
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
         *("target_lookbehind", "speculation_type", "use_mtp"),  # Hugging Face's own lossless speculation

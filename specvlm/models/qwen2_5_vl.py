@@ -104,7 +104,7 @@ class Qwen2_5_VL(VideoLM):
         return self._tower(image["pixels"], image["thw"])
 
     def _grids(self, prompt: VideoPrompt) -> dict[str, Tensor | None]:
-        """Patch grids and seconds per temporal patch, under the names of transformers' arguments."""
+        """Return patch grids and seconds per temporal patch, by the names of transformers' arguments."""
         return {
             "image_grid_thw": torch.tensor([i["thw"] for i in prompt.images]) if prompt.images else None,
             "video_grid_thw": torch.tensor([v["thw"] for v in prompt.videos]) if prompt.videos else None,
@@ -116,7 +116,7 @@ class Qwen2_5_VL(VideoLM):
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. With mrope="hf" they follow the installed transformers, which vary by release."""
+        """Return M-RoPE positions (3, S). With mrope="hf" they are those of the installed transformers' release."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
         position_ids, _ = self.hf.model.get_rope_index(
