@@ -51,7 +51,7 @@ def generation_of(folder: Path) -> Any:
 
 
 def stop_ids(config: Any) -> frozenset[int]:
-    """Token ids that end an answer. Raises UserError if eos_token_id is neither a token id nor a list of them."""
+    """Return the token ids that end an answer. Raises UserError if eos_token_id is no token id and no list of them."""
     found = config.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
@@ -60,7 +60,7 @@ def stop_ids(config: Any) -> frozenset[int]:
 
 
 def penalty_of(config: Any) -> float:
-    """Repetition penalty of a generation config; 1 if none. Raises UserError if it is not a positive number."""
+    """Return the repetition penalty of a generation config, 1 if it has none. Raises UserError unless it is above 0."""
     found = config.repetition_penalty
     if found is None:
         return 1.0

@@ -109,7 +109,7 @@ class KVCache:
         return store.values
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, (1, H, C, D) each."""
+        """Return keys and values of one layer, (1, H, C, D) each."""
         return self._layers[number]
 
     @property

@@ -139,7 +139,7 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
 
 
 def cache(need: Need, layers: int, ranks: int = 1) -> int:
-    """Bytes of the KV cache of `layers` layers, for one rank, which holds its share of the heads."""
+    """Compute the bytes of the KV cache of `layers` layers, for one rank, which holds its share of the heads."""
     return kv_bytes(need.model, pooled(need.slots), need.dtype) // need.model.layers * layers // ranks
 
 
@@ -165,9 +165,10 @@ def activations(needs: Sequence[Need], patches: int) -> int:
 
 
 def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
-    """Peak bytes of weights while a tensor-parallel rank loads: its share is read in full precision, then quantised.
+    """Compute the peak bytes of weights while a tensor-parallel rank loads. Returns 0 if nothing is quantised.
 
-    draft: a draft that the ranks share, loaded after the target is quantised. Returns 0 if nothing is quantised.
+    The rank's share of a model is read in full precision, then quantised. draft: A draft that the ranks share; it is
+    loaded after the target is quantised.
     """
 
     def share(need: Need) -> int:
@@ -178,7 +179,7 @@ def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of a KV cache with `slots` slots over all layers and heads."""
+    """Compute the bytes of a KV cache with `slots` slots, over all layers and heads."""
     return 2 * model.layers * model.kv_heads * model.head_dim * slots * dtype.itemsize
 
 

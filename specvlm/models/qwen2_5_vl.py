@@ -69,7 +69,10 @@ class Qwen2_5_VL(VideoLM):
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Any:
-        """(t*h*w / merge², D) features. Window starts stay on the CPU, where every layer's attention reads them."""
+        """Run the vision tower on patches of a (t, h, w) grid; returns (t*h*w / merge², D) features.
+
+        The starts of windows stay on the CPU, where every layer's attention reads them.
+        """
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
         extra = {} if sight is None else {"sight": sight.of(visual.blocks[-1].attn)}
@@ -112,7 +115,7 @@ class Qwen2_5_VL(VideoLM):
         }
 
     def _kinds(self, prompt: VideoPrompt) -> Tensor:
-        """(1, S) token types for transformers' 3-D positions: 0 text, 1 image, 2 video."""
+        """Return token types (1, S) for transformers' 3-D positions: 0 text, 1 image, 2 video."""
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
@@ -125,7 +128,10 @@ class Qwen2_5_VL(VideoLM):
         return position_ids[:, 0]
 
     def _reference_positions(self, prompt: VideoPrompt) -> Tensor:
-        """Qwen's own rule: a video's (t, h, w) start where the text ends; text continues after the largest of them."""
+        """Compute positions by Qwen's own rule.
+
+        A video's (t, h, w) count from the position after the text before it. Text continues after the largest of them.
+        """
         kinds = self._kinds(prompt)[0]
         images, videos = iter(prompt.images), iter(prompt.videos)
         positions, slot, start = [], 0, 0

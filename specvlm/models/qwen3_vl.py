@@ -77,7 +77,7 @@ class Qwen3VL(Qwen2_5_VL):
         return Features(out.pooler_output, torch.stack(list(out.deepstack_features), 1))
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. `mrope` has no effect: Hugging Face's rule is Qwen's own."""
+        """Return M-RoPE positions (3, S). `mrope` has no effect: Hugging Face's rule is Qwen's own."""
         grids = {
             f"{name}_grid_thw": torch.tensor([item["thw"] for item in items]) if items else None
             for name, items in (("image", prompt.images), ("video", prompt.videos))

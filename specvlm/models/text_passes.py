@@ -43,7 +43,7 @@ class TextPasses(Family):
     vocabulary: int
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
-        """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
+        """Embed token ids, (S, D). Ids beyond the vocabulary, from a target with a larger one, become the last id."""
         table = self.text.embed_tokens  # read once: a module finds its parts in Python
         return table(tokens_S.to(table.weight.device).clamp(0, self.vocabulary - 1))
 
@@ -85,7 +85,7 @@ class TextPasses(Family):
         return hidden_1QD[0]
 
     def head(self, hidden_QD: Tensor) -> Tensor:
-        """(Q, V) logits of hidden states."""
+        """Compute the logits (Q, V) of hidden states."""
         return self.hf.lm_head(hidden_QD)
 
     def prefill(
