@@ -36,11 +36,11 @@ def worst(codes: Iterable[int]) -> int:
 
 
 class UserError(ValueError):
-    """A mistake of the caller, explained in one line. A command that it ends prints the line and exits with code 2."""
+    """A mistake of the caller, explained in one line. A command that fails with it prints the line and exits with 2."""
 
 
 class MissingVideo(UserError):
-    """A video is missing. A job over a data set skips and counts such samples, since few local copies are complete."""
+    """A video is missing. A job over a data set skips and counts such samples: local copies are often incomplete."""
 
 
 class OutOfMemory(UserError):
@@ -108,9 +108,10 @@ def _cut(text: str, most: int) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn a library's exception over a checkpoint's files into a UserError: `what` and the error's first line.
+    """Context manager that turns an exception of a library into a UserError: `what` and the error's first line.
 
-    Ctrl-C, SystemExit and torch's OutOfMemoryError, which are not about the files, pass unchanged.
+    For code that reads or uses a checkpoint's files. UserError, Ctrl-C, SystemExit, GeneratorExit and torch's
+    OutOfMemoryError, for which the files are not to blame, pass unchanged.
     """
     try:
         yield
@@ -123,10 +124,10 @@ def explained(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 300 characters of it.
+    """Return the first line of an error's text, cut to 300 characters, after the name of the error's type.
 
-    The error's type comes first, unless an OSError, ImportError or ValueError (but no UnicodeError) has a text of ten
-    characters or more. For a missing module, the text says how to install it instead.
+    The type is left out for an OSError, ImportError or ValueError (except UnicodeError) whose text has at least ten
+    characters, and for a missing module, where the command that installs it follows the text.
     """
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else ""

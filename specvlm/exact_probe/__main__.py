@@ -1,4 +1,4 @@
-"""`python -m specvlm.exact_probe`: count results that depend on a pass's rows.
+"""`python -m specvlm.exact_probe`: does the number of rows change a row's results?
 
 Plain decoding runs one row per pass, a check of guesses runs many. If a row's
 logits depend on how many rows share the pass, speculation may choose other
@@ -61,7 +61,8 @@ class Counts:
     """Number of positions whose logits, or best token, differ from those of a pass of one row.
 
     Attributes:
-        arithmetic: "specvlm", "sdpa" or "eager".
+        arithmetic: What ran the passes: "specvlm" (its engine), or Hugging Face's modules with the attention "sdpa" or
+            "eager".
         rows: Number of rows of each pass.
         positions: Number of positions compared.
         bits: Number of positions where any logit differs.
@@ -105,7 +106,7 @@ def command(words: Sequence[str]) -> int:
 
 @torch.inference_mode()
 def probe(cfg: RunConfig) -> tuple[bool, list[Counts], dict[str, object]]:
-    """Load the target, count differences in all arithmetics, and print a table.
+    """Load the target, count differing positions in each arithmetic (see `Counts`), and print a table.
 
     Returns:
         Whether the engine claims to be exact, the counts, and facts about the run: target, dtype, device, engine,
@@ -139,7 +140,10 @@ def answer_of(graph: DecodingGraph, prompt: VideoPrompt, limit: int) -> list[int
 
 
 def arithmetics(target: VideoLM, engine: Engine) -> Iterator[tuple[str, Append]]:
-    """Yield the name of each arithmetic, and a function that runs tokens in it, valid until the next one is yielded."""
+    """Yield the name of each arithmetic (see `Counts`) and a function that runs tokens in it.
+
+    A function may only be called until the next one is yielded.
+    """
     yield "specvlm", lambda tokens_Q, cache: engine.append(target, tokens_Q, cache)
     for attention in ("sdpa", "eager"):
         with attention_of(target, attention):
@@ -186,7 +190,17 @@ def differences(
 
     The prompt is prefilled once. Tokens at the end that do not fill a pass are left out.
 
-    advance: Called after each walk over the answer.
+    Args:
+        name: Name of the arithmetic.
+        append: Runs tokens in it.
+        target: The target.
+        prompt: The prompt.
+        answer: Tokens that follow the prompt.
+        widths: Numbers of rows per pass.
+        advance: Called after each run over the whole answer.
+
+    Returns:
+        One `Counts` per number of rows.
     """
     cache, tokens_T, start = target.new_cache(len(prompt) + len(answer)), torch.tensor(answer), len(prompt)
     target.prefill(target.embed(prompt, target.features(prompt)), target.positions(prompt), cache, prompt.cut)

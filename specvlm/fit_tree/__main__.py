@@ -51,7 +51,8 @@ class Round:
 
     Attributes:
         ranks: Rank of the accepted guess at each depth, among the guesses with the same parent, from 0.
-        widths: Number of guesses tried at each depth. It has one entry more, for those below the last accepted guess.
+        widths: Number of guesses tried at each depth. It has one more entry than `ranks`, for the guesses below the
+            last accepted one.
     """
 
     ranks: tuple[int, ...]
@@ -59,12 +60,15 @@ class Round:
 
 
 def read(folder: Path) -> list[Round]:
-    """Read the rounds of a folder, over all its runs; raises as `read_runs`."""
+    """Read the rounds of all runs in a folder, as one list. Raises UserError as `read_runs` does."""
     return [one for run in read_runs([folder]) for one in run]
 
 
 def read_runs(folders: Sequence[Path]) -> list[list[Round]]:
-    """Read the rounds of each run. Rounds of one sample are one run, over all jobs, so that none is also held out.
+    """Read the rounds of each run.
+
+    For jobs over a data set, a run here is one sample with its rounds from all jobs. So when runs are held out, no
+    sample is in both parts.
 
     Args:
         folders: Folders of runs, of jobs over samples, or of sweeps. Jobs of a sweep that record no ranks are left out.
@@ -88,7 +92,11 @@ def read_runs(folders: Sequence[Path]) -> list[list[Round]]:
 
 
 def ranked(job: Path) -> dict[tuple[str, str], list[Round]]:
-    """Read the rounds with ranks of a run, or of each sample of a job. Raises UserError if a file is damaged."""
+    """Read those rounds of a run, or of each sample of a job, that record ranks. Raises UserError for a damaged file.
+
+    Returns:
+        Rounds by ("run", folder), or by ("sample", name of the sample).
+    """
     if is_job(job):
         lines = {("sample", sample): rows for sample, rows in steps_of(job).items()}
     else:
@@ -104,9 +112,9 @@ def ranked(job: Path) -> dict[tuple[str, str], list[Round]]:
 
 
 def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
-    """Estimate p[depth][rank]: the chance that the target accepts the guess of this rank, if it accepts those above.
+    """Estimate p[depth][rank]: the chance that the target accepts the guess of this rank, if it accepts the parent.
 
-    Leaves out ranks that were never tried.
+    Ranks that were never tried are left out.
     """
     tried, taken = defaultdict[int, Counter[int]](Counter), defaultdict[int, Counter[int]](Counter)
     for one in rounds:
@@ -127,9 +135,12 @@ def fit_ranks(rounds: Sequence[Round]) -> list[list[float]]:
 
 
 def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) -> Paths:
-    """Find the `nodes` most probable paths of ranks (of equal ones, the shorter), or fewer if no others have a chance.
+    """Build the tree of the `nodes` most probable nodes. It has fewer if no other node has a chance above 0.
 
-    depth: Maximum number of levels; None: as many as the chances have, up to DEEPEST.
+    Args:
+        chances: From `fit_ranks`.
+        nodes: Number of guesses. Of equally probable ones, those nearer to the root come first.
+        depth: Maximum number of levels. None: as many as the chances have, up to DEEPEST.
     """
     order = count()
     paths: Paths = []
@@ -146,13 +157,17 @@ def best_tree(chances: list[list[float]], nodes: int, depth: int | None = None) 
 
 
 def expected(paths: Paths, chances: list[list[float]]) -> float:
-    """Compute the expected number of accepted guesses per round of a tree. chances: from `fit_ranks`."""
+    """Compute the expected number of a tree's guesses that are accepted per round. chances: from `fit_ranks`."""
     known = {(depth, rank): chance for depth, row in enumerate(chances) for rank, chance in enumerate(row)}
     return sum((prod(known.get(step, 0.0) for step in enumerate(path)) for path in paths), 0.0)
 
 
 def split(runs: Sequence[list[Round]]) -> tuple[list[Round], list[Round], str]:
-    """Split rounds into a part to fit and a held-out part, by runs if there are several; also describes the split."""
+    """Split the rounds: every second run is held out; of a single run, every second round.
+
+    Returns:
+        The rounds to fit, the held-out rounds, and a description of the latter for the report.
+    """
     if len(runs) > 1:
         fitted, held = ([r for run in runs[first::2] for r in run] for first in (0, 1))
         return fitted, held, f"{len(runs) // 2} of {len(runs)} runs"

@@ -57,7 +57,7 @@ class StopForward(Exception):
 class AttentionCollector:
     """Collects attention from rows of the text to the video tokens, layer by layer (SpecVLM, section 3).
 
-    Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set (`attention_sums`).
+    Of the attention it keeps (N,) tensors per layer, averaged over heads; with `heads`, also one per KV head.
 
     Attributes:
         video_index: (N,) key slots of the video tokens.
@@ -92,7 +92,7 @@ class AttentionCollector:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows are read: in one pass, or in passes that say which part of the rows they have (`observe`)."""
+        """Whether all rows are read: in one pass, or in several that each say which part they have (see `observe`)."""
         return self.rows or self.weigh is not None
 
     @property
@@ -108,23 +108,23 @@ class AttentionCollector:
 
     @property
     def by_steps(self) -> bool:
-        """Whether queries and keys are all that is read from the text: neither hidden states, nor an early stop."""
+        """Whether only queries and keys of the text are read: no hidden states, and no pass is stopped early."""
         return self.states is None and self.depth is None
 
     def without_text(self) -> Self:
-        """Make a collector for the passes before the text, which records into this one what `of_video` names."""
+        """Make a collector for the passes before the text. What it records (`of_video`) is recorded in this one too."""
         other = copy(self)
         other.rows = other.last_row = other.heads = False
         other.weigh = other.keys = None
         return other
 
     def ahead(self) -> Self | None:
-        """Make a collector for earlier passes, which only stops them at the same layer. None if `depth` is None."""
+        """Make a collector for earlier passes: it stops them after `depth` layers too. None if `depth` is None."""
         return None if self.depth is None else type(self)(self.video_index, rows=False, depth=self.depth)
 
     @property
     def spec(self) -> tuple[object, ...]:
-        """Identifies what is collected: for one prompt, collectors with equal specs collect equal signals."""
+        """Key of what is collected: from the same prompt, collectors with equal keys collect equal signals."""
         layer = None if self.states is None else self.states.layer
         kinds = (self.rows, self.last_row, self.depth, self.heads, self.hidden, self.sight is not None)
         return (*kinds, self.weigh, self.keys, layer)
@@ -137,7 +137,7 @@ class AttentionCollector:
         return frozenset(name for name in names if name is not None)
 
     def recorded(self) -> dict[str, Tensor]:
-        """Return the (N, ...) records that `of_video` names, to reuse them in later requests with the same videos."""
+        """Return the records (N, ...) by the names in `of_video`, to be reused in requests with the same videos."""
         found: dict[str, Tensor] = {}
         for name in self.of_video:
             parts = self._hidden if name == "hidden" else self.sight.parts if name == "sight" and self.sight else None
@@ -145,7 +145,10 @@ class AttentionCollector:
         return found
 
     def resume(self, start: int, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Continue after videos whose records are known. start: first slot that is still to be computed."""
+        """Continue after videos that an earlier request computed.
+
+        start: First slot that is still to be computed. parts: What `recorded` returned for each of these videos.
+        """
         for name in self.of_video:
             known = [part[name] for part in parts]
             if name == "hidden":
@@ -184,7 +187,10 @@ class AttentionCollector:
         self._weights_Q = other._weights_Q
 
     def weigh_rows(self, embeds: Tensor | Features, features: Tensor | Features, ranks: ProcessGroup) -> None:
-        """Compute the row weights before the pass; all ranks use rank 0's. Raises ValueError if they are invalid."""
+        """Compute the row weights before the pass, from embeddings of the rows and video features.
+
+        All ranks use those of rank 0. Raises ValueError if they are invalid.
+        """
         if self.weigh is None:
             return
         embeds_QD, features_ND = entering(embeds), entering(features)
@@ -202,9 +208,9 @@ class AttentionCollector:
     def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float, part: tuple[int, int] | None = None) -> None:
         """Collect from one layer. Raises StopForward after `depth` layers; does not change the pass otherwise.
 
-        query (1, H * G, Q, D) and key (1, H, K, D) are rotated. The rows are the last of the keys.
-
-        part: Where several passes read the rows, in order: number of the rows before these, and number of all rows.
+        layer: Number of the layer, from 0.
+        query, key: (1, H * G, Q, D) and (1, H, K, D), rotated. The queries belong to the last Q keys.
+        part: If the rows are run in several passes, in order: number of rows in the passes before, and of all rows.
         """
         _, heads, count, _ = query.shape
         before, total = part or (0, count)
@@ -236,12 +242,12 @@ class AttentionCollector:
             self._hidden.append(normalize(rows_ND.float(), dim=-1).to(rows_ND.dtype))
 
     def video_hidden(self) -> Tensor:
-        """(N, D) last hidden states of the video tokens, scaled to unit length."""
+        """Return the last hidden states of the video tokens (N, D), scaled to unit length."""
         self._hidden = [torch.cat(self._hidden)]  # frees the parts
         return self._hidden[0]
 
     def gather(self, ranks: ProcessGroup) -> None:
-        """Average the means over ranks, which have equally many heads, and add up the norms. `per_head` stays local."""
+        """Average the means over ranks, which have equally many heads, and sum the norms. `per_head` stays local."""
         if ranks.size == 1:
             return
         for kept, count in ((self._mean, ranks.size), (self._last, ranks.size), (self._weighted, ranks.size), (self._norms, 1)):
@@ -250,25 +256,25 @@ class AttentionCollector:
                 kept.update(zip(sorted(kept), all_LN, strict=True))
 
     def per_layer(self) -> Tensor:
-        """(L, N) mean over heads and rows."""
+        """Return the attention to each video token, (L, N): mean over heads and rows."""
         return torch.stack([self._mean[layer] for layer in sorted(self._mean)])
 
     def per_head(self) -> Tensor:
-        """(L, H, N) mean over rows and query heads, for each KV head of this rank."""
+        """Return the attention for each KV head of this rank, (L, H, N): mean over rows and its query heads."""
         all_LHN = torch.stack([self._heads[layer] for layer in sorted(self._heads)])
         self._heads = dict(zip(sorted(self._heads), all_LHN, strict=True))  # frees the parts
         return all_LHN
 
     def last_rows(self) -> Tensor:
-        """(L, N) attention of the last row, mean over heads."""
+        """Return the attention of the last row, (L, N): mean over heads."""
         return torch.stack([self._last[layer] for layer in sorted(self._last)])
 
     def weighted(self) -> Tensor:
-        """(L, N) mean over heads, weighted mean over rows."""
+        """Return the attention weighted by row, (L, N): mean over heads, weighted mean over rows."""
         return torch.stack([self._weighted[layer] for layer in sorted(self._weighted)])
 
     def key_norms(self) -> tuple[Tensor, Tensor]:
-        """L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last video token."""
+        """Return the L1 norms of keys over all heads: (N,) of the video tokens, (T,) of the text after the last one."""
         (norms_K,) = self._norms.values()
         return norms_K[self.video_index], norms_K[int(self.video_index[-1]) + 1 :]
 
@@ -290,9 +296,9 @@ def attend(
     parts: Callable[[int], Iterable[Part]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention. Without a mask it is causal, and the queries are those of the last keys.
+    """Compute scaled dot-product attention. Without a mask it is causal, and the queries belong to the last keys.
 
-    parts: Of a joined pass: maps a layer to one `Part` per request, which replace `key`, `value` and `attention_mask`.
+    parts: In a joined pass, maps a layer to one `Part` per request, used instead of `key`, `value` and the mask.
     """
     if parts is not None:
         apart = (attend(module, query[:, :, part.rows], *part[1:], scaling) for part in parts(int(module.layer_idx)))  # type: ignore[arg-type]

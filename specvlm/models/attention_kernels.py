@@ -1,10 +1,10 @@
 """Triton kernels that add up the attention of a prompt's last rows, without storing a score.
 
-The scores of 50 rows of a 32B take 131 MB a layer at 16,384 keys. Torch writes and reads them about six times; these
-kernels compute them twice. Sums have a fixed order, so equal rows and keys give equal bits.
+The scores of 50 rows of a 32B model take 131 MB a layer at 16,384 keys. Torch writes and reads them about six times;
+these kernels compute them twice. Sums have a fixed order, so equal rows and keys give equal bits.
 
-Shape suffixes: H KV heads, R rows of a head (its query heads' rows, one head after another), K keys, D head dimension,
-P parts of the keys.
+Shape suffixes: H KV heads, G query heads per KV head, Q rows of the pass, R = G * Q rows of a KV head (those of one
+query head after those of another), K keys, D head dimension, P parts of the keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PART = 1024  # keys of a part, for which a program finds the largest score of ea
 
 @triton.jit
 def _scores(q_DR, key_ptr, stride, keys, row, K, count, scaling, BD: tl.constexpr, D: tl.constexpr):
-    """Compute the scaled scores (keys, rows) in float32; -inf for keys behind a row's own."""
+    """Compute scaled scores in float32, shape (keys, rows); -inf for keys that come after a row's own key."""
     dims = tl.arange(0, BD)
     inside = (keys < K)[:, None] & (dims < D)[None, :]
     k_KD = tl.load(key_ptr + keys[:, None].to(tl.int64) * stride + dims[None, :], mask=inside, other=0.0)
@@ -32,7 +32,7 @@ def _scores(q_DR, key_ptr, stride, keys, row, K, count, scaling, BD: tl.constexp
 
 @triton.jit
 def _queries(q_ptr, row, count, R, group_stride, row_stride, BD: tl.constexpr, D: tl.constexpr):
-    """Load the queries (D, rows) of rows of a KV head."""
+    """Load the queries of some rows of a KV head, shape (D, rows)."""
     dims = tl.arange(0, BD)
     at = (row // count) * group_stride + (row % count) * row_stride
     return tl.load(q_ptr + at[None, :] + dims[:, None], mask=(row < R)[None, :] & (dims < D)[:, None], other=0.0)
@@ -43,7 +43,10 @@ def _largest_kernel(
     q_ptr, key_ptr, most_ptr, sum_ptr, R, K, count, parts, scaling, q_head, group_stride, row_stride, k_head, k_stride,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Store each row's largest score of a part, and the sum of exp(score - largest). Grid (parts, tiles of rows, heads)."""
+    """Store each row's largest score in a part of the keys, and the sum of exp(score - largest) over that part.
+
+    Grid (parts, tiles of rows, heads).
+    """
     part, head = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * BR + tl.arange(0, BR)
     q_DR = _queries(q_ptr + head.to(tl.int64) * q_head, row, count, R, group_stride, row_stride, BD, D)
@@ -67,9 +70,10 @@ def _sums_kernel(
     q_head, group_stride, row_stride, k_head, k_stride,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, WEIGH: tl.constexpr,
 ):  # fmt: skip
-    """Add up the attention to each key: of all rows from `first` on, of the last, and weighted.
+    """Add up the attention to each key over a KV head's rows, in three sums. Grid (tiles of keys, heads).
 
-    Grid (tiles of keys, heads).
+    all: over the rows from `first` on. last: over each query head's last row. weighted: as `all`, each row times its
+    weight, if WEIGH is set.
     """
     head = tl.program_id(1)
     keys = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -99,10 +103,11 @@ def _sums_kernel(
 def sums_of(
     query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int = 0, weights_Q: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up attention as `attention_sums` does, to all keys.
+    """Add up attention as `attention_sums` does, but to all keys.
 
     Returns:
-        (H, K) over rows and query heads; (K,) of the last row, over all heads; (K,) weighted. All in float32.
+        Sums over rows and query heads (H, K), sums of the last row over all heads (K,), and weighted sums over rows and
+        all heads (K,), which are 0 without weights. All in float32.
     """
     heads, group, count, width = query_HGQD.shape
     size, rows = key_HKD.shape[1], group * count

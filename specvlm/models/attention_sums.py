@@ -19,12 +19,12 @@ Adder = Callable[[Tensor, Tensor, float, int, Tensor | None], tuple[Tensor, Tens
 
 
 class Sums(NamedTuple):
-    """Attention to the video tokens.
+    """Attention to each video token, summed.
 
     Attributes:
-        heads_HN: (H, N) added over rows and the query heads of each KV head.
-        last_N: (N,) of the last row, added over all heads.
-        weighted_N: (N,) added over all heads and, times their weights, over rows. 0 without weights.
+        heads_HN: (H, N) sums over rows and over the query heads of each KV head.
+        last_N: (N,) sums over all heads, for the last row only.
+        weighted_N: (N,) sums over all heads and rows, each row times its weight. 0 without weights.
     """
 
     heads_HN: Tensor
@@ -35,10 +35,19 @@ class Sums(NamedTuple):
 def attention_sums(
     query_HGQD: Tensor, key_HKD: Tensor, scaling: float, index_N: Tensor, first: int = 0, weights_Q: Tensor | None = None
 ) -> Sums:
-    """Add up the attention of rows from `first` on, which belong to the last Q of the keys, to the keys at `index_N`.
+    """Add up the attention that a pass's rows pay to the keys at `index_N`.
 
-    On a GPU in 16 bits by the kernels of `attention_kernels`, which store no scores. Elsewhere, scores (H, G, Q, K) take
-    BLOCK bytes at a time: several KV heads, or some rows of one head. Peak memory is about three blocks then.
+    On a GPU in 16 bits, this runs the kernels of `attention_kernels`, which store no scores. Elsewhere the scores
+    (H, G, Q, K) are computed in blocks of BLOCK bytes: those of several KV heads, or of some rows of one head. Peak
+    memory is then about three blocks.
+
+    Args:
+        query_HGQD: Rotated queries. They belong to the last Q keys, and attention is causal.
+        key_HKD: Rotated keys.
+        scaling: Factor of the scores.
+        index_N: Indices of the keys to read, those of the video tokens.
+        first: Index of the first row that counts; rows before it are left out.
+        weights_Q: Row weights for `Sums.weighted_N`.
     """
     kernel = kernel_for(query_HGQD.dtype, query_HGQD.device)
     found = _by_torch if kernel is None else kernel
@@ -48,7 +57,7 @@ def attention_sums(
 
 @cache
 def kernel_for(dtype: torch.dtype, device: torch.device) -> Adder | None:
-    """Return the kernels' function for a GPU in 16 bits. None elsewhere, and where they do not run."""
+    """Return the function that launches the kernels, for a GPU in 16 bits. None elsewhere, or if they do not run."""
     if not pays(dtype, device):
         return None
     try:
@@ -64,7 +73,7 @@ def kernel_for(dtype: torch.dtype, device: torch.device) -> Adder | None:
 def _by_torch(
     query_HGQD: Tensor, key_HKD: Tensor, scaling: float, first: int = 0, weights_Q: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up attention to all keys: (H, K) over rows and query heads, (K,) of the last row, (K,) weighted."""
+    """Do what `attention_kernels.sums_of` does with torch's operations, in float32 or, for float64 inputs, float64."""
     heads, group, count, _ = query_HGQD.shape
     wide = torch.promote_types(query_HGQD.dtype, torch.float32)  # bfloat16 would give unequal scores equal values
     row_bytes = group * key_HKD.shape[1] * wide.itemsize

@@ -74,12 +74,12 @@ def chat_ids(
 ) -> list[int]:
     """Return the token ids of a chat, up to where the assistant begins its answer.
 
-    spelling: Replaces the marks of videos and images in the rendered text.
+    spelling: Replaces the marks of videos and images (see `placeholders`) in the rendered text.
     template: The chat template. None: the tokenizer's.
 
-    Raises UserError if the template fails or a text puts control tokens into the prompt. Those are found by comparing
-    the token ids with those of a harmless text: tokenizers and templates may transform a text before they match control
-    tokens in it.
+    Raises UserError if the template fails or a text puts control tokens into the prompt. Such tokens are found by
+    rendering and encoding the chat a second time, with harmless texts, and comparing. A search in the texts would miss
+    some: tokenizers and templates may transform a text before they match control tokens in it.
     """
     text, plain = rendered(tokenizer, [messages, [_plain(message) for message in messages]], template)
     spelled = spelling or str
@@ -106,7 +106,7 @@ def _plain(message: Message) -> Message:
 def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | None = None) -> list[str]:
     """Render the prompt text of each chat. The template is untrusted, so its time and memory are limited.
 
-    Short results are kept, since jobs and samples often ask the same, and a fork takes 25 ms.
+    Short chats are cached, since jobs and samples often ask the same, and the fork for a rendering takes 25 ms.
     """
 
     def render() -> str:
@@ -120,7 +120,10 @@ def rendered(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str |
 
 
 def _key(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | None) -> str | None:
-    """Return all that the rendered text follows from; None if it may differ from call to call, or cannot be written."""
+    """Return a cache key: all that the rendered text depends on.
+
+    None if the text must not be cached: the template may render it differently each time, or a part holds pixels.
+    """
     source = template or tokenizer.chat_template
     if not isinstance(source, str) or any(word in source for word in UNSTEADY):
         return None
@@ -131,7 +134,10 @@ def _key(tokenizer: Any, chats: Sequence[Sequence[Message]], template: str | Non
 
 
 def checked(messages: Sequence[Message]) -> list[Part]:
-    """Return all parts of a chat in order; a plain text is one part. Raises UserError for an invalid message."""
+    """Check the messages of a chat and return all their parts in order; a plain text becomes one part.
+
+    Raises UserError for an invalid message.
+    """
     found: list[Part] = []
     if not messages:
         raise UserError("a chat needs a message")
@@ -143,7 +149,7 @@ def checked(messages: Sequence[Message]) -> list[Part]:
     for part in found:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "video", "image") or kind not in part:
-            kinds = '{"type": "text", "text": …}, and video and image alike'
+            kinds = '{"type": "text", "text": …}, or the same with "video" or "image"'
             raise UserError(f"a part of a message must be {kinds}: got {line(repr(part))}")
         if kind == "text" and (not isinstance(part["text"], str) or SURROGATE.search(part["text"])):
             raise UserError(f"expected a text, got {line(repr(part['text']))}")

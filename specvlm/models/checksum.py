@@ -40,7 +40,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def _sums(flat: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Iterator[Tensor]:
-    """Yield weighted sums of a byte tensor, () int64 each: of full rows of WORDS words, other words, other bytes."""
+    """Yield weighted sums of a byte tensor as int64 scalars: of full rows of WORDS words, other words, other bytes."""
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # viewing bytes as words needs alignment
     count = len(flat) // 8
     words, rest = flat[: count * 8].view(torch.int64), flat[count * 8 :]

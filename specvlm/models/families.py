@@ -75,7 +75,7 @@ def pip_line(model_type: str) -> str:
 
 @cache
 def sources() -> dict[str, Source]:
-    """Collect the families of the built-ins and all plugins. Of two with one name, keeps the built-in or first one."""
+    """Collect the built-in families and those of all plugins. If two have the same name, the first one is kept."""
     found: dict[str, Source] = {}
     for plugin in plugins.load():
         for model_type, place in plugin.families.items():

@@ -26,8 +26,8 @@ class Family(ABC):
         family: Hugging Face's `model_type`.
         axes: Number of rotary axes: 1, or 3 for M-RoPE.
         lineage: Models with the same lineage can form a pair. Empty: the family's own name.
-        version: Version of the family's code, part of a baseline's key. The package's version and a hash of its code
-            are part of it in any case.
+        version: Version of the family's code. A stored baseline (the target's own answer) is reused only if its key has
+            the same version. The key has the package's version and a hash of the family's files in any case.
         hf: The Hugging Face model; its language model is that of `hf.get_decoder()`, its head `hf.lm_head`.
         folder: The checkpoint's folder.
     """
@@ -42,7 +42,7 @@ class Family(ABC):
 
     @staticmethod
     def slots(config: Any) -> tuple[int, int]:
-        """Return the ids of the placeholder tokens of videos and of images. They may be equal.
+        """Return the ids of the slot tokens, the placeholders of videos and of images in a prompt. They may be equal.
 
         Raises UserError if config.json has no `video_token_id` or `image_token_id`: then a family must define this
         method.
@@ -99,7 +99,10 @@ class Family(ABC):
         return None
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(A, S) rotary positions of the whole prompt. Generated text continues at the last one plus one."""
+        """Return the rotary positions of the whole prompt, (A, S).
+
+        Generated text continues, on every axis, after the last slot's largest position.
+        """
         return torch.arange(len(prompt)).expand(self.axes, -1)
 
     # ---- pixels
@@ -119,7 +122,7 @@ class Family(ABC):
     def process_image(self, image: Tensor, alone: bool = True) -> dict[str, Any]:
         """Preprocess an image, uint8 (3, H, W), into a dict for `encode_image`, with its token count under "tokens".
 
-        alone: Whether it is the prompt's only image; some families cut only that into tiles.
+        alone: Whether it is the prompt's only image; some families cut an image into tiles only then.
         """
 
     # ---- features
@@ -128,7 +131,7 @@ class Family(ABC):
     def encode_video(
         self, grid: TokenGrid, video: dict[str, Any], frames: Tensor | None, sight: VisionProbe | None = None
     ) -> Tensor | Features:
-        """Run the vision tower on one video; returns (len(grid), D) features, a `Features` if there are `levels`.
+        """Run the vision tower on one video. Returns (len(grid), D) features, as a `Features` if `levels` is not 0.
 
         frames: Frames to encode; the rows of all others are zero. None encodes all.
         sight: Records the attention that each token receives. It needs all frames to be encoded.
@@ -136,10 +139,10 @@ class Family(ABC):
 
     @abstractmethod
     def frame_patches(self, video: dict[str, Any]) -> tuple[int, int]:
-        """Return the number of frames that the tower sees, and patches per frame, for the memory plan.
+        """Return how many frames go through the vision tower, and the number of patches per frame, for the memory plan.
 
-        The frames are usually those of the grid (in Qwen2.5-VL, each stands for two frames of the clip). If frames have
-        different numbers of tokens, the grid is a single row; then they are the frames that go through the tower.
+        The number of frames is usually that of the grid (in Qwen2.5-VL, each stands for two frames of the clip). It
+        differs if frames have different numbers of tokens: then the grid is a single row, `TokenGrid(1, 1, N)`.
         """
 
     @abstractmethod

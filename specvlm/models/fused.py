@@ -1,16 +1,17 @@
-"""Run modules of Hugging Face in a fused form while a pass runs: norms with residual adds, rotary positions, gated MLPs.
+"""Run modules of Hugging Face in a fused form during a pass: norms with residual adds, rotary positions, gated MLPs.
 
-Between their matrix products, the modules of a vision tower or a language model read and write each row a dozen times; the
-kernels of `fused_kernels.py` do so once. This is the one place that says which form runs. On a GPU in 16 bits it is the
-fused one, for target and draft, in every pass through these modules: an answer's arithmetic is the same with and without a
-draft. In float32 and on a CPU, Hugging Face's own code runs, and so it does where its modules are called outside of a
-pass: `check=hf` has a copy of the model, since another thread's pass would otherwise lend it the fused forms.
+Between their matrix products, the modules of a vision tower or a language model read and write each row a dozen times;
+the kernels of `fused_kernels.py` do so once. This is the one place that says which form runs. On a GPU in 16 bits it is
+the fused one, for target and draft, in every pass through these modules: an answer's arithmetic is the same with and
+without a draft. In float32 and on a CPU, Hugging Face's own code runs. It also runs where modules are called outside of
+a pass, unless a pass of another thread has switched them to their fused forms meanwhile. So `check=hf` uses a copy of
+the model.
 
-Whether a form computes what its module does is tried when a model is wrapped, on a few random rows. A module whose result
-differs, or that raises an error, stays as it is.
+When a model is wrapped, each form is tried on a few random rows and compared with its module. If the results differ, or
+either raises an error, the module stays as it is.
 
-Why not `torch.compile`: it takes tens of seconds at each start, again for other numbers of rows, and chooses an order of
-summation that may depend on the number of rows.
+Why not `torch.compile`: it takes tens of seconds at each start, again for other numbers of rows, and chooses an order
+of summation that may depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from specvlm.models.fused_forms import Form, Forward, first, form_of
 from specvlm.models.layer_kinds import language_model
 from specvlm.models.padding import pays
 
-ROWS = 9  # of a trial
-NEAR = 2**-7  # most relative difference in norm between the two forms of a module: a step of bfloat16
+ROWS = 9  # number of random rows on which a form is tried
+NEAR = 2**-7  # largest relative difference in norm between the two forms of a module: a step of bfloat16
 
 
 class Fused(AbstractContextManager[None]):
-    """Modules that run in their fused form inside a `with` block, which several threads may be in."""
+    """Modules that run in their fused form inside a `with` block. Several threads may be in the block at the same time.
+
+    forwards: Modules, each with its fused `forward`.
+    """
 
     def __init__(self, forwards: Sequence[tuple[nn.Module, Forward]]) -> None:
         self.forwards = tuple(forwards)
@@ -74,7 +78,7 @@ class Forms:
         with torch.inference_mode():
             try:
                 angles = _angles(text, axes)
-            except Exception:  # sections of rotary positions that are not those of its heads: no layer of it can be tried
+            except Exception:  # its rotary sections do not fit its heads, so no layer can be tried
                 return
             for part in (*text.layers, text.norm):
                 self._keep(part, _tried([*part.modules()], angles, ops))
@@ -85,9 +89,9 @@ class Forms:
             self._parts[module] = Fused(forwards)
 
     def of(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Return a context manager for a call of a decoder layer or the last norm, or of what is not in the language model.
+        """Return a context manager in which a module, with its parts, runs in its fused form.
 
-        module: The layer or norm; `hf.model` for the rest.
+        module: A decoder layer or the final norm; `hf.model` for all modules outside the language model.
         """
         return self._parts.get(module) or nullcontext()
 
@@ -120,9 +124,10 @@ def forms_of(hf: Any, axes: int, dtype: torch.dtype, device: torch.device) -> Fo
 
 
 def _tried(modules: Sequence[nn.Module], angles: Sequence[Tensor], ops: Any) -> list[tuple[nn.Module, Forward]]:
-    """Return the modules whose fused form computes what they do, each with that form.
+    """Return the modules whose fused form computes what they do, each with that form's `forward`.
 
-    modules: Each stands before its parts. So the last comes first, and a form is tried with those of its parts.
+    modules: Modules, each before its parts. They are tried from the last to the first, so that a module's form is tried
+        with its parts in their fused forms.
     """
     found: list[tuple[nn.Module, Forward]] = []
     for module in reversed(modules):
@@ -136,7 +141,10 @@ def _tried(modules: Sequence[nn.Module], angles: Sequence[Tensor], ops: Any) -> 
 
 
 def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused) -> bool:
-    """Whether a module's fused form, with those of its parts, computes what the module does. Raises what either raises."""
+    """Whether a module's fused form computes what the module does. Raises what either of them raises.
+
+    parts: Forms found so far, among them those of the module's parts.
+    """
     device = next(chain(module.parameters(), module.buffers())).device  # quantised layers have no parameters
     rows = _random(ROWS, form.width).to(device, angles[0].dtype)
     given: dict[str, Any] = {}
@@ -154,12 +162,12 @@ def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused)
 
 
 def _angles(text: Any, axes: int) -> Sequence[Tensor]:
-    """Make a trial's cosines and sines as a pass does, of other positions on each axis."""
+    """Make the cosines and sines for a trial, as a pass does. The positions differ from axis to axis."""
     steps_A1Q = torch.arange(ROWS) * torch.arange(1, axes + 1)[:, None, None]
     positions = (steps_A1Q if axes > 1 else steps_A1Q[0]).to(text.embed_tokens.weight.device)
     return tuple(text.rotary_emb(text.embed_tokens(torch.zeros_like(positions)[:1].flatten(0, -2)), positions))
 
 
 def _random(*shape: int) -> Tensor:
-    """Make random numbers, without a change of torch's own generator."""
+    """Make random numbers without advancing torch's global generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

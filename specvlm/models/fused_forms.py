@@ -28,8 +28,9 @@ class Form(NamedTuple):
     Attributes:
         forward: Takes the arguments of the module's own `forward`.
         width: Width of the rows that it takes.
-        place: "text" for a decoder layer or its attention, "vision" for those of a tower, "" where rows are all it takes.
-        head: Width of a head, in a tower.
+        place: "text" for a decoder layer or its attention, "vision" for a block of a vision tower or its attention, ""
+            for a module that takes nothing but rows.
+        head: Width of a head, if `place` is "vision".
     """
 
     forward: Forward
@@ -110,7 +111,7 @@ def _vision_attention(module: Any, ops: Any) -> Form:
     ) -> Tensor:
         if position_embeddings is None or position_embeddings[0].shape != (len(hidden_states), width):
             return own(hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **more)
-        query, key, value = module.qkv(hidden_states).unflatten(-1, (3, heads, width)).unbind(1)  # (Q, H, D), not copied
+        query, key, value = module.qkv(hidden_states).unflatten(-1, (3, heads, width)).unbind(1)  # (Q, H, D), no copy
         ops.turn(query, key, *position_embeddings, False)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
         read, _ = attend_windows(module, query, key, value, None, module.scaling, cu_seq_lens_q=cu_seqlens, **more)
@@ -120,7 +121,7 @@ def _vision_attention(module: Any, ops: Any) -> Form:
 
 
 def _patches(module: Any) -> Form | None:
-    """Make the form of a tower's first layer: each patch is a row already, so its convolution is a matrix product."""
+    """Make the form of a tower's patch embedding: each patch is one row, so the convolution is a matrix product."""
     conv = getattr(module, "proj", None)
     if type(conv) is not nn.Conv3d or (conv.kernel_size, conv.padding, conv.groups) != (conv.stride, (0, 0, 0), 1):
         return None
@@ -133,7 +134,7 @@ def _patches(module: Any) -> Form | None:
 
 
 def _block(module: Any, ops: Any) -> Form | None:
-    """Make the form of a decoder layer, or of a tower's block: one operation adds what was read and norms the sum."""
+    """Make the form of a decoder layer or a tower's block: one kernel adds the attention's output and norms the sum."""
     parts = dict(module.named_children())
     names = next((names for names in BLOCKS if parts.keys() == set(names)), None)
     if names is None or not is_norm(parts[names[2]]):

@@ -1,10 +1,10 @@
-"""Triton kernels between the matrix products of a vision tower or a prefill, whose many rows are bound by memory.
+"""Triton kernels for what runs between the matrix products of a vision tower or a prefill: many rows, bound by memory.
 
 A program computes whole rows, in an order that does not depend on their number: a row's bits are the same in any pass.
-Values are rounded where Hugging Face's modules round them. What differs is the order of a norm's sum, and `exp`: results
-are equal, but for single ones that are next to each other in 16 bits.
+Values are rounded where Hugging Face's modules round them. Only the order of a norm's sum and `exp` differ, so results
+are equal except for a few, which are off by one step of the 16-bit format.
 
-`engine/kernels` has such operations for passes of few rows. Those read and write parts of split sums, or the cache.
+`engine/kernels` has such operations for passes of few rows. They also read and write parts of split sums, or the cache.
 
 Shape suffixes: Q rows, K width of a row, H query heads, J KV heads, D head width.
 """
@@ -63,7 +63,7 @@ def _turn_kernel(
 ):  # fmt: skip
     """Rotate some heads of a row of q or k in place. Grid (Q, blocks of query heads + blocks of KV heads).
 
-    NORM: queries and keys pass through an RMSNorm of their own first. ROUND: products are rounded before they are added.
+    NORM: queries and keys go through an RMSNorm of their own first. ROUND: products are rounded before they are added.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -101,7 +101,7 @@ def _turn_kernel(
 
 
 def norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
-    """RMSNorm of the last axis, times the weight."""
+    """Return the RMSNorm of the last axis, times the weight."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _normed(x, None, weight_K, eps, x, y)
@@ -109,7 +109,7 @@ def norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(x: Tensor, added: Tensor, weight_K: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + added as a new tensor, and the RMSNorm of that times the weight."""
+    """Return the sum x + added, as a new tensor, and the RMSNorm of the sum times the weight."""
     x, added = x.contiguous(), added.contiguous()
     total, y = torch.empty_like(x), torch.empty_like(x)
     _normed(x, added, weight_K, eps, total, y)
@@ -137,12 +137,12 @@ def gate(gate_QK: Tensor, up_QK: Tensor) -> Tensor:
 def turn(
     q_QHD: Tensor, k_QJD: Tensor, cos_QD: Tensor, sin_QD: Tensor, rounded: bool, norms: Sequence[Tensor] = (), eps: float = 0.0
 ) -> None:
-    """Rotate queries and keys in place; the heads of a row lie one behind the other.
+    """Rotate queries and keys in place. In memory, the heads of a row follow each other without gaps.
 
     Args:
         q_QHD: Queries.
         k_QJD: Keys.
-        cos_QD: Cosines of each row's angles, once for each half of a head.
+        cos_QD: Cosines of each row's angles; the two halves belong to the two halves of a head.
         sin_QD: Sines.
         rounded: Whether products are rounded to the dtype of the queries before they are added.
         norms: Weights (D,) of the RMSNorm of each query and of each key, if the model has them.

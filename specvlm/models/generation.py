@@ -20,7 +20,7 @@ HARMLESS = frozenset(
         *("use_cache", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "low_memory"),
         *("renormalize_logits", "remove_invalid_values"),  # keep the argmax
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # only for padded batches and encoder-decoder models
+        *("pad_token_id", "bos_token_id", "decoder_start_token_id"),  # for padded batches and encoder-decoder models
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
         *("target_lookbehind", "speculation_type", "use_mtp"),  # Hugging Face's own lossless speculation
@@ -51,7 +51,7 @@ def generation_of(folder: Path) -> Any:
 
 
 def stop_ids(config: Any) -> frozenset[int]:
-    """Token ids that end an answer. Raises UserError if eos_token_id is neither a token id nor a list of them."""
+    """Return the token ids that end an answer. Raises UserError if eos_token_id is no token id and no list of them."""
     found = config.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in ids):
@@ -60,7 +60,7 @@ def stop_ids(config: Any) -> frozenset[int]:
 
 
 def penalty_of(config: Any) -> float:
-    """Repetition penalty of a generation config; 1 if none. Raises UserError if it is not a positive number."""
+    """Return the repetition penalty of a generation config, 1 if it has none. Raises UserError unless it is above 0."""
     found = config.repetition_penalty
     if found is None:
         return 1.0

@@ -83,7 +83,7 @@ def _label(cls: type, name: str) -> str:
 
 
 def _place(cls: type, error: Exception) -> str:
-    """Return the last line of the class's own file in an error's traceback, as messages show it."""
+    """Return where in the class's own file an error arose, such as ", in line 12"; empty if it arose elsewhere."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f", in line {lines[-1]}" if lines else ""

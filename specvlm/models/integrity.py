@@ -33,7 +33,7 @@ from specvlm.process.settings import set_again, settings
 if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
-FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # modules to compare besides those of specvlm
+FOREIGN = (builtins, hashlib, json, math, os, time, torch, torch.nn.functional)  # modules to compare besides our own
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 SPECIAL = [f"__{word}__" for word in ("call", "init", "getattr", "getattribute", "setattr", "eq", "len", "iter", "next")]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -62,7 +62,7 @@ def _config(config: object) -> object:
 
 
 def _module(module: nn.Module, fused: object) -> tuple[Any, ...]:
-    """Describe a module for comparison: its type, tensors, children, hooks and attributes, except for its fused form."""
+    """Describe a module for comparison: type, tensors, children, hooks, and attributes except for its fused form."""
     attributes = vars(module)
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
@@ -194,9 +194,14 @@ CODE = Code()  # of this process
 
 
 class Snapshot:
-    """The shared state before strategies run, to compare with afterwards.
+    """The shared state before strategies run, to compare it with the state afterwards.
 
-    weights: The checksum of each model when it was loaded.
+    Args:
+        code: Records definitions in modules and classes.
+        models: Target and draft, or the target alone.
+        weights: The checksum of each model when it was loaded.
+        caches: The pool of KV caches.
+        engine: The engine.
     """
 
     def __init__(

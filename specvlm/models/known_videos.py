@@ -19,7 +19,7 @@ from specvlm.types.pixels import LateVideo, pixel_digest
 from specvlm.video.video import Clip, Processed
 
 MOST = 4096  # files that are remembered
-RACY_NS = 100_000_000  # a file that was written this shortly before it was read may be written again at the same time
+RACY_NS = 100_000_000  # a file written this shortly before it is read may be written again and keep the same time stamp
 
 
 class Known(NamedTuple):
@@ -105,7 +105,7 @@ def identity(path: Path) -> tuple[Hashable, ...] | None:
 def late(known: Known, read: Callable[[], Processed], forget: Callable[[], None]) -> Processed:
     """Make the processed video of a known file, whose pixels are read only when needed.
 
-    If they have changed by then, the file is forgotten.
+    If they have changed by then, the file is forgotten, and reading them raises UserError.
     """
 
     def pixels() -> dict[str, Any]:

@@ -109,7 +109,7 @@ class KVCache:
         return store.values
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, (1, H, C, D) each."""
+        """Return keys and values of one layer, (1, H, C, D) each."""
         return self._layers[number]
 
     @property
@@ -145,7 +145,7 @@ class KVCache:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write a layer's rows (1, H, Q, D) from slot `length` on; return its keys and values up to their end.
 
-        `length` stays, until `advance`."""
+        `length` is raised later, by `advance`."""
         start, (keys, values) = self.length, self._layers[layer_idx]
         end = start + key.shape[2]
         keys[:, :, start:end] = key
@@ -161,9 +161,9 @@ class KVCache:
         self.length += rows
 
     def keep(self, base: int, path: Sequence[int]) -> None:
-        """Keep the rows at `base + path` (ascending) and drop the others from slot `base` on: move them to `base` on.
+        """Move the rows at `base + path` (ascending) to the slots from `base` on, and drop all others from `base` on.
 
-        Sets `length` to the end of the last one kept.
+        Sets `length` to the slot after the last row kept.
         """
         end = base + len(path)
         if list(path) != list(range(len(path))):
@@ -200,7 +200,7 @@ class KVCache:
         self.offset = source.position - self.length
 
     def follow(self, source: KVCache, start: int) -> None:
-        """Append the rows from slot `start` to the end of `source`, a cache of the same model."""
+        """Append rows of `source`, a cache of the same model, to this cache: those from slot `start` to its end."""
         end = self.length + source.length - start
         for mine, theirs in zip(self.stores, source.stores, strict=True):
             for to, of in zip(mine, theirs, strict=True):
@@ -298,7 +298,7 @@ class CachePool:
         return sum(cache.nbytes for cache in self.held)
 
     def bytes_on(self, device: torch.device, leased: bool = True) -> int:
-        """Bytes on one device of all caches. leased: False leaves out those that requests hold."""
+        """Bytes of all caches on one device. leased: False leaves out those that requests hold."""
         held = [*self.held] if leased else [cache for free in [*self._free.values()] for cache in [*free]]
         return sum(t.nbytes for cache in held for store in cache.stores for t in store if t.device == device)
 

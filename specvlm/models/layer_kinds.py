@@ -11,8 +11,8 @@ from typing import Any
 from specvlm.errors import UserError
 
 FULL = {"full_attention", "attention"}
-FIELDS = ("layer_types", "layers_block_type", "block_types")  # the kind of each layer, in the configurations of transformers
-STATE = ("linear", "mamba", "ssm", "conv", "recurrent", "hybrid", "rwkv", "delta", "retention")  # in kinds that keep a state
+FIELDS = ("layer_types", "layers_block_type", "block_types")  # the kind of each layer, in a configuration
+STATE = ("linear", "mamba", "ssm", "conv", "recurrent", "hybrid", "rwkv", "delta", "retention")  # kinds that keep a state
 WHY = "they keep one state instead of a row for each token, so a rejected guess cannot be cut back"
 
 

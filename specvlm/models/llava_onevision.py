@@ -91,7 +91,10 @@ class LlavaOneVision(VideoLM):
         return layers[max(0, (state if state >= 0 else len(layers) + 1 + state) - 1)].self_attn
 
     def _seen(self, hidden_FRD: Tensor) -> Tensor:
-        """(F * P, C) attention that each token receives, then its key: means over heads, pooled as the features are."""
+        """Return a row (F * P, C) per token: the attention that it receives, then its key.
+
+        Both are averaged over heads, and pooled as the features are. hidden_FRD: what enters the attention.
+        """
         module = self._last_attention
         query, key = (
             x(hidden_FRD).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (module.q_proj, module.k_proj)
@@ -109,7 +112,7 @@ class LlavaOneVision(VideoLM):
 
     def encode_image(self, image: dict[str, Any]) -> Tensor:
         pixels = image["pixels"].to(self.device, self.dtype)
-        shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: the prompt has other images
+        shared = {"batch_num_images": torch.tensor([2])} if len(pixels) == 1 else {}  # one tile: not the only image
         out = self.hf.model.get_image_features(pixels[None], torch.tensor([image["size"]], device=self.device), **shared)
         return torch.cat(list(out.pooler_output))
 

@@ -98,9 +98,9 @@ def _on_meta(config: Any) -> Any:
 
 
 def check_size(model: VideoLM, files: Sequence[Path]) -> None:
-    """Raise UserError if the model has over twice as many weights as its files hold, before it is allocated.
+    """Raise UserError if the model has over twice as many weights as its files hold, before memory is allocated.
 
-    Single missing tensors are reported by `load`.
+    If only a few tensors are missing, `load` reports them.
     """
     held = sum(count for file in files for _, count in checkpoint.tensors_in(file).values())
     wanted = sum(weight.numel() for weight in model.hf.parameters())
@@ -211,7 +211,7 @@ def try_out(model: VideoLM) -> None:
     """Run one small frame and some text through Hugging Face's own forward pass.
 
     So errors in config.json that no weight's shape reveals, such as a wrong number of heads, show before the first
-    request. Some libraries unpack quantised weights in this first pass. Raises UserError.
+    request. Some libraries unpack quantised weights in this first pass. Raises UserError if it fails.
     """
     clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), (0.0, 1.0), 1.0, "", 2, 1.0)
     what = f"{model.folder}: the config.json does not fit the weights"
@@ -237,7 +237,7 @@ def _blame_family(model: VideoLM) -> Iterator[None]:
 
 
 def last_logits(hf: Any, count: int) -> dict[str, int]:
-    """Return the argument with which a model computes only the last logits; empty if it always computes all."""
+    """Return the argument that makes a model compute only the last `count` logits; empty if it always computes all."""
     return {"logits_to_keep": count} if "logits_to_keep" in signature(hf.forward).parameters else {}
 
 

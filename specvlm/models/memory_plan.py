@@ -25,9 +25,9 @@ Stages = Sequence[tuple[int, torch.device]]  # (layer count, device) per pipelin
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by purpose. Activations are an estimate; weights and caches are computed exactly.
+    """Bytes on one device, by purpose. Activations are estimated; weights and caches are computed exactly.
 
-    Only the weights of a checkpoint whose files are quantised are estimated too, by the size of its files.
+    The weights of a checkpoint whose files are quantised are an exception: they are estimated by the size of the files.
     """
 
     parts: dict[str, int]
@@ -77,7 +77,7 @@ def plan(
             no model drafts.
         patches: Patches in one pass of the vision tower.
         places: Devices of target and draft.
-        free: Free bytes by device, to split the layers of the target by. None counts as 0.
+        free: Free bytes by device, by which the layers of a split target are divided. None counts as 0.
         layers: Number of layers per device, if a split target is already loaded. Empty: split it by free memory.
 
     Returns:
@@ -120,11 +120,11 @@ def plan(
 
 
 def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, int]:
-    """Bytes of weights on each device, for one rank.
+    """Compute the bytes of weights on each device, for one rank.
 
-    A tied head counts twice if it is on a different device from the embedding. Layers beyond those of all stages are
-    not counted. A checkpoint that stays quantised in memory counts as the size of its files, on the first stage's
-    device.
+    A tied head counts twice if it is on a different device from the embedding. If the stages have fewer layers than the
+    model, its last layers are not counted. A checkpoint that stays quantised in memory counts as the size of its files,
+    on the first stage's device.
     """
     if need.model.quantised and (packed := packed_bytes(need.model.folder, need.model.hf.config)):
         return {stages[0][1]: packed}
@@ -139,7 +139,7 @@ def weights(need: Need, stages: Stages, ranks: int = 1) -> dict[torch.device, in
 
 
 def cache(need: Need, layers: int, ranks: int = 1) -> int:
-    """Bytes of the KV cache of `layers` layers, for one rank, which holds its share of the heads."""
+    """Compute the bytes of the KV cache of `layers` layers, for one rank, which holds its share of the heads."""
     return kv_bytes(need.model, pooled(need.slots), need.dtype) // need.model.layers * layers // ranks
 
 
@@ -165,9 +165,10 @@ def activations(needs: Sequence[Need], patches: int) -> int:
 
 
 def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
-    """Peak bytes of weights while a tensor-parallel rank loads: its share is read in full precision, then quantised.
+    """Compute the peak bytes of weights while a tensor-parallel rank loads. Returns 0 if nothing is quantised.
 
-    draft: a draft that the ranks share, loaded after the target is quantised. Returns 0 if nothing is quantised.
+    The rank's share of a model is read in full precision, then quantised. draft: A draft that the ranks share; it is
+    loaded after the target is quantised.
     """
 
     def share(need: Need) -> int:
@@ -178,7 +179,7 @@ def while_loading(target: Need, draft: Need | None, places: Placement) -> int:
 
 
 def kv_bytes(model: VideoLM, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of a KV cache with `slots` slots over all layers and heads."""
+    """Compute the bytes of a KV cache with `slots` slots, over all layers and heads."""
     return 2 * model.layers * model.kv_heads * model.head_dim * slots * dtype.itemsize
 
 

@@ -1,7 +1,8 @@
-"""Pad the MLPs of a vision tower to widths that the fast matrix kernels of a GPU take.
+"""Pad the MLPs of a vision tower to widths for which a GPU has fast matrix kernels.
 
-cuBLAS reads rows of 16 bytes. Qwen2.5-VL-3B and 7B have vision MLPs of 3,420 columns, not a multiple of 8, so in 16
-bits their products ran through an old kernel: the tower of the 7B took 584 ms for 16,384 video tokens on an H200.
+cuBLAS's fast kernels read 16 bytes at a time, so in 16 bits the width of a row must be a multiple of 8. The vision MLPs
+of Qwen2.5-VL-3B and 7B have 3,420 columns, not a multiple of 8. Without padding, cuBLAS takes an old kernel for them,
+and the tower of the 7B takes 584 ms for 16,384 video tokens on an H200.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch.nn.functional import pad
 
 from specvlm.models.layer_kinds import language_model
 
-READ = 8  # elements of 16 bits that are read at once: other widths are padded
-TILE = 64  # to a multiple of this
+READ = 8  # elements of 16 bits that a kernel reads at a time: widths that are no multiple of it are padded
+TILE = 64  # a padded width is a multiple of this
 
 
 def pad_tower(hf: Any) -> int:
@@ -59,5 +60,5 @@ def _padded(tensor: Tensor, by: tuple[int, ...]) -> nn.Parameter:
 
 
 def pays(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether to pad a model's tower and to fuse its modules: on a GPU in 16 bits. In float32 results stay Hugging Face's."""
+    """Whether padding a tower and fusing modules pays: on a GPU in 16 bits. Elsewhere results stay Hugging Face's."""
     return device.type == "cuda" and dtype.itemsize == 2

@@ -72,9 +72,10 @@ def layer_by_layer(
     added_QLD: Tensor | None = None,
     forms: Forms = HUGGING_FACE,
 ) -> Pauses[Tensor]:
-    """Run a language model's layers as its own forward does, moving rows between devices. Returns the hidden states.
+    """Run a language model's layers and final norm as its own forward does, moving rows between devices.
 
-    Pauses after each layer: another request's rows may then go through the same layers.
+    Returns the hidden states after the norm. Pauses after each layer: another request's rows may then go through the
+    same layers.
 
     The model's own forward builds its mask itself, and not every family accepts the mask of a tree. accelerate's hooks
     could move the rows too, but slowly: they inspect every argument of every layer in every pass.
@@ -189,7 +190,7 @@ def tensor_plan(config: Any, ranks: int, own: str = "language_model") -> dict[st
 
 
 def check_linear(hf: Any) -> None:
-    """Raise UserError if the layers have linear parts that the plan does not name, such as fused ones."""
+    """Raise UserError if the layers have linear parts that `tensor_plan` does not name, such as fused projections."""
     for name, module in language_model(hf).layers.named_modules():
         part = name.partition(".")[2]
         if isinstance(module, nn.Linear) and part not in SHARED:
@@ -197,7 +198,7 @@ def check_linear(hf: Any) -> None:
 
 
 def check_shares(config: Any, ranks: int, asked: str, instead: str) -> None:
-    """Raise UserError if heads or MLP columns cannot be divided by the number of ranks.
+    """Raise UserError if ranks cannot divide heads or MLP columns evenly, or the model is a mixture of experts.
 
     Args:
         config: The model's configuration.

@@ -55,7 +55,7 @@ class Rows:
     best: Callable[[Tensor, int], Tensor] = lambda logits_QV, count: logits_QV.topk(count).indices
 
     def logits(self, last: int = 0) -> Tensor:
-        """(Q, V) logits of all rows, or of the `last` rows only; 0 is all."""
+        """Compute the logits (Q, V) of all rows, or of only the last ones if `last`, their number, is not 0."""
         return self.head(self.hidden_QD[-last:])
 
 
@@ -68,8 +68,8 @@ class Pass:
         cache: KV cache of the model.
         tokens_Q: (Q,) token ids.
         depths_Q: (Q,) rotary position of each row, relative to that of slot `base`.
-        seen_QT: (Q, T), which of the slots from `base` to that of the last row each row attends to. Every row attends
-            to all slots before `base`. None: causal.
+        seen_QT: (Q, T), whether a row attends to a slot, for the slots from `base` to that of the last row. Every row
+            attends to all slots before `base`. None: causal.
         base: Slot from which `at` and `seen_QT` count: a number, or inside a `Routine` (1,) int64 on the device.
         offset: Position minus slot (`KVCache.offset`), of the same type as `base`.
         at: First slot to write, relative to `base`.
@@ -104,7 +104,7 @@ class Pass:
         return Pass(self.model, self.cache, self.tokens_Q, self.depths_Q, self.seen_QT, base, offset, self.at)
 
     def seen(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(Q, T) mask on a device. A causal one is made there, since a captured step cannot wait for a copy."""
+        """Return the mask (Q, T) on a device. A causal one is made there: a captured step cannot wait for a copy."""
         if self.seen_QT is not None:
             return self.seen_QT.to(device, dtype)
         return torch.ones(len(self), self.at + len(self), dtype=dtype, device=device).tril(self.at)
@@ -224,7 +224,7 @@ def guarded(
 
 
 def driven(value: Generator[Any, Any, T] | T) -> Generator[Any, Any, T]:
-    """Delegate to a generator of passes and return its result; return any other value at once."""
+    """Run a generator of passes and return its result; return any other value as it is, without a pass."""
     if isinstance(value, GeneratorType):
         return (yield from value)
     return value  # type: ignore[return-value]

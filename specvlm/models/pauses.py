@@ -18,7 +18,7 @@ class Pause:
 
     Attributes:
         device: Device of the work so far.
-        waits: Whether it waits for another request, so that going on at once would be of no use.
+        waits: Whether the prefill waits for another request. Then it is no use to resume it before others have run.
         layer: Number of the language model's layers that have run in this pass; 0 outside of them.
         rows: Rows of the pass.
     """

@@ -1,4 +1,9 @@
-"""Turn the marks of a chat prompt into slots: spell out each video and image, then expand each slot token to a run."""
+"""Put the slots of videos and images into a chat prompt, in two steps.
+
+A chat template writes a *mark*, a short text, for each video and image. `Spelling` replaces it by the family's own
+text, which contains one or more *slot tokens*. `expanded` then repeats each slot token, so that the prompt has one slot
+per feature. The slots made from one slot token are a *run*.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +48,11 @@ def expanded(
     images: Sequence[dict[str, Any]],
     order: Sequence[str] = (),
 ) -> VideoPrompt:
-    """Implement `VideoLM.expand`. slots: slot token ids of videos and images. runs: run lengths of each of them."""
+    """Implement `VideoLM.expand`.
+
+    slots: Ids of the slot tokens of videos and of images.
+    runs: Lengths of the runs of each video, under "video", and of each image, under "image".
+    """
     wanted = _wanted(slots, runs, order or ["image"] * len(images) + ["video"] * len(grids))
     for token, there in wanted.items():
         if (found := list(ids).count(token)) != len(there):
@@ -71,7 +80,7 @@ def expanded(
 def _wanted(
     slots: tuple[int, int], sizes: Mapping[str, Sequence[Sequence[int]]], order: Sequence[str]
 ) -> dict[int, list[tuple[str, int]]]:
-    """List (kind, number of slots) of each slot token's runs, in order."""
+    """Map each slot token's id to its runs in order, as pairs ("video" or "image", number of slots)."""
     left, found = {kind: iter(runs) for kind, runs in sizes.items()}, {slot: list[tuple[str, int]]() for slot in slots}
     for kind in order:
         found[slots[0] if kind == "video" else slots[1]] += [(kind, length) for length in next(left[kind])]
@@ -79,6 +88,6 @@ def _wanted(
 
 
 def _parts(ids: Sequence[int], left: dict[int, Iterator[tuple[str, int]]]) -> Iterator[tuple[int, str, int]]:
-    """Yield (token, kind, number of slots) for each id."""
+    """Yield (token id, kind, number of slots) for each id; text has kind "text" and one slot. left: from `_wanted`."""
     for token in ids:
         yield (token, *(next(left[token]) if token in left else ("text", 1)))

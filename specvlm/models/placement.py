@@ -71,6 +71,6 @@ def device_of(name: str | torch.device, key: str = "device", otherwise: str = "d
 
 
 def apart(draft: VideoLM, target: VideoLM) -> bool:
-    """Whether the model that drafts has its devices for itself, and shares its layers with no other rank."""
+    """Whether the draft shares no device with the target, and its layers with no other rank."""
     shared = {stage.device for stage in draft.stages} & {stage.device for stage in target.stages}
     return draft.ranks.size == 1 and not shared

@@ -28,7 +28,8 @@ KINDS = ("fp8", "int8", "int4")
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # stored for the largest weight among those that share a scale
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 GROUP = 128  # maximum number of weights of a row that share an int4 scale
-EXPERTS = ("Qwen3VLMoeTextExperts",)  # Hugging Face's classes with weights gate_up_proj (E, 2 F, K) and down_proj (E, K, F)
+# Hugging Face's classes with weights gate_up_proj (E, 2 F, K) and down_proj (E, K, F), for E experts of width F.
+EXPERTS = ("Qwen3VLMoeTextExperts",)
 BLOCK = 1024  # rows quantised at once: bounds the float32 copies, 121 MB each at the widest layer of a 72B model
 
 
@@ -45,6 +46,13 @@ class QuantizedLinear(nn.Module):
 
     Scales are always float32. A bias is not quantised. Rounding the dequantised weight to a dtype adds its own error
     (2^-9 of |w| in bfloat16).
+
+    Args:
+        in_features: K.
+        out_features: N.
+        kind: One of KINDS.
+        bias: Bias of the layer, which is kept as it is.
+        device: Device of the weights, which are empty until `quantize` fills them.
 
     Raises:
         UserError: The kind is not in KINDS, or K is odd for int4.
@@ -80,9 +88,9 @@ class QuantizedLinear(nn.Module):
         return min(GROUP, half & -half) if self.kind == "int4" else self.in_features
 
     def weight_in(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
-        """(N, K) dequantised weight, or its rows for some outputs.
+        """Return the dequantised weight (N, K), or its rows for some outputs.
 
-        The product is computed in float32 or wider and rounded to `dtype` once.
+        q * scale is computed in float32 or wider and rounded to `dtype` once.
         """
         stored, scale = self.qweight[outputs], self.scale[outputs]
         q_NK = unpack(stored) if self.kind == "int4" else stored
@@ -196,6 +204,12 @@ def quantize_share(linear: nn.Linear, kind: str, name: str, ranks: ProcessGroup)
 
     If each row of the weight is cut into parts for the ranks, every rank computes scales for its own parts. The weights
     then differ slightly from those quantised on one device.
+
+    Args:
+        linear: Layer whose weight is a DTensor, or replicated.
+        kind: One of KINDS.
+        name: Name of the layer in its parent; "lm_head" gathers its logits from all ranks.
+        ranks: Processes that share the layer.
     """
     weight, bias = local_shard(linear.weight.detach()), linear.bias
     share = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -69,7 +69,10 @@ class Qwen2_5_VL(VideoLM):
         return {"pixels": pixels, "thw": (t, h, w), "tokens": t * h * w // self._merge**2}
 
     def _tower(self, pixels: Tensor, thw: tuple[int, int, int], sight: VisionProbe | None = None) -> Any:
-        """(t*h*w / merge², D) features. Window starts stay on the CPU, where every layer's attention reads them."""
+        """Run the vision tower on patches of a (t, h, w) grid; returns (t*h*w / merge², D) features.
+
+        The starts of windows stay on the CPU, where every layer's attention reads them.
+        """
         visual, grid = self.hf.model.visual, torch.tensor([thw])
         window_index, cu_window_seqlens = get_vision_window_index(grid, self._merge, visual.window_size, visual.patch_size)
         extra = {} if sight is None else {"sight": sight.of(visual.blocks[-1].attn)}
@@ -104,7 +107,7 @@ class Qwen2_5_VL(VideoLM):
         return self._tower(image["pixels"], image["thw"])
 
     def _grids(self, prompt: VideoPrompt) -> dict[str, Tensor | None]:
-        """Patch grids and seconds per temporal patch, under the names of transformers' arguments."""
+        """Return patch grids and seconds per temporal patch, by the names of transformers' arguments."""
         return {
             "image_grid_thw": torch.tensor([i["thw"] for i in prompt.images]) if prompt.images else None,
             "video_grid_thw": torch.tensor([v["thw"] for v in prompt.videos]) if prompt.videos else None,
@@ -112,11 +115,11 @@ class Qwen2_5_VL(VideoLM):
         }
 
     def _kinds(self, prompt: VideoPrompt) -> Tensor:
-        """(1, S) token types for transformers' 3-D positions: 0 text, 1 image, 2 video."""
+        """Return token types (1, S) for transformers' 3-D positions: 0 text, 1 image, 2 video."""
         return ((prompt.tokens == self.image_token) + 2 * (prompt.tokens == self.video_token))[None].int()
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. With mrope="hf" they follow the installed transformers, which vary by release."""
+        """Return M-RoPE positions (3, S). With mrope="hf" they are those of the installed transformers' release."""
         if self.mrope == "reference":
             return self._reference_positions(prompt)
         position_ids, _ = self.hf.model.get_rope_index(
@@ -125,7 +128,10 @@ class Qwen2_5_VL(VideoLM):
         return position_ids[:, 0]
 
     def _reference_positions(self, prompt: VideoPrompt) -> Tensor:
-        """Qwen's own rule: a video's (t, h, w) start where the text ends; text continues after the largest of them."""
+        """Compute positions by Qwen's own rule.
+
+        A video's (t, h, w) count from the position after the text before it. Text continues after the largest of them.
+        """
         kinds = self._kinds(prompt)[0]
         images, videos = iter(prompt.images), iter(prompt.videos)
         positions, slot, start = [], 0, 0

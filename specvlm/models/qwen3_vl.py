@@ -36,7 +36,10 @@ class Qwen3VL(Qwen2_5_VL):
         return len(self.hf.config.vision_config.deepstack_visual_indexes)
 
     def sampling(self, info: VideoInfo) -> dict[str, Any]:
-        """Sample frames as Qwen3VLVideoProcessor does: 2 per second, at least 4, first and last included."""
+        """Sample frames as Qwen3VLVideoProcessor does, evenly, with the first and the last one.
+
+        If the settings say nothing else, takes 2 frames per second, at least 4 and at most 768.
+        """
         found = SamplingSettings.from_folder(self.folder, Qwen3VideoConfig.processors)
         wanted = found.num_frames or int(info.frames / info.fps * (found.fps or 2))
         if not found.num_frames:
@@ -74,7 +77,7 @@ class Qwen3VL(Qwen2_5_VL):
         return Features(out.pooler_output, torch.stack(list(out.deepstack_features), 1))
 
     def positions(self, prompt: VideoPrompt) -> Tensor:
-        """(3, S) M-RoPE positions. `mrope` has no effect: Hugging Face's rule is Qwen's own."""
+        """Return M-RoPE positions (3, S). `mrope` has no effect: Hugging Face's rule is Qwen's own."""
         grids = {
             f"{name}_grid_thw": torch.tensor([item["thw"] for item in items]) if items else None
             for name, items in (("image", prompt.images), ("video", prompt.videos))
@@ -117,7 +120,7 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 def endpoints(total: int, count: int) -> list[int]:
-    """Space frames as Qwen3VLVideoProcessor does, in numpy's rounding: first and last frame included."""
+    """Choose `count` of `total` frames, evenly from first to last; rounds as Qwen3VLVideoProcessor does, with numpy."""
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 

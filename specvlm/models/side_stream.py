@@ -13,7 +13,7 @@ import torch
 class Mark:
     """A point in the work that is queued on a device's current stream.
 
-    On a CPU, where nothing is queued, there is no such point: work before it is done, and yet `passed` is False.
+    On a CPU nothing is queued, so a mark means nothing there, and `passed` is always False.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,25 +25,25 @@ class Mark:
 
     @property
     def passed(self) -> bool:
-        """Whether the device has come this far."""
+        """Whether the device has done all work queued before the mark. Always False on a CPU."""
         return self.event is not None and bool(self.event.query())
 
 
 @cache
 def stream_of(device: torch.device) -> Any:
-    """Return the second stream of a GPU: one for all requests, since torch keeps free memory apart for each stream."""
+    """Return the second stream of a GPU. All requests share it, since torch keeps a pool of free memory per stream."""
     return torch.cuda.Stream(device, priority=-1)
 
 
 class SideStream:
-    """A second stream of a device, whose work goes first. On a CPU it is no stream at all."""
+    """A second stream of a GPU, whose work goes before that of the main stream. On a CPU, work simply runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = stream_of(device) if device.type == "cuda" else None
 
     @contextmanager
     def after(self, mark: Mark | None) -> Iterator[None]:
-        """Context manager that queues work on this stream, behind a mark, and waits for it at the end of the block.
+        """Context manager that queues a block's work on this stream, after a mark, and waits for it at the end.
 
         Tensors of the block may then be used on any stream.
         """

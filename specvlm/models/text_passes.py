@@ -43,7 +43,7 @@ class TextPasses(Family):
     vocabulary: int
 
     def embed_tokens(self, tokens_S: Tensor) -> Tensor:
-        """(S, D) embeddings. Ids beyond the vocabulary, from a target with a larger one, become the last id."""
+        """Embed token ids, (S, D). Ids beyond the vocabulary, from a target with a larger one, become the last id."""
         table = self.text.embed_tokens  # read once: a module finds its parts in Python
         return table(tokens_S.to(table.weight.device).clamp(0, self.vocabulary - 1))
 
@@ -85,7 +85,7 @@ class TextPasses(Family):
         return hidden_1QD[0]
 
     def head(self, hidden_QD: Tensor) -> Tensor:
-        """(Q, V) logits of hidden states."""
+        """Compute the logits (Q, V) of hidden states."""
         return self.hf.lm_head(hidden_QD)
 
     def prefill(
@@ -112,14 +112,17 @@ class TextPasses(Family):
     ) -> Pauses[Tensor]:
         """Fill a cache with a prompt, in passes of at most `chunk` rows. Returns the last hidden state (D,).
 
-        Passes before `cut` begin at multiples of `chunk` and at `joints`, regardless of what follows.
+        Passes before `cut` begin at multiples of `chunk` and at `joints`, whatever follows: prompts with the same
+        beginning compute it in the same passes.
 
         Args:
             embeds_SD: The rows after those that the cache holds already.
             positions_AS: Their rotary positions.
+            cache: Cache to fill. It may hold the beginning of the prompt.
             cut: Slot at which a new pass begins (`VideoPrompt.cut`).
             collector: Reads attention in the last pass, which has all rows from `cut` on if `collector.whole`. If it
                 stops the passes early, the returned state is empty.
+            chunk: Maximum number of rows of a pass. A pass for a collector with `whole` may have more.
             joints: Further slots at which a pass begins (`VideoPrompt.joints`).
         """
         begin, total = cache.length, cache.length + len(embeds_SD)
@@ -152,9 +155,18 @@ class TextPasses(Family):
         start: int,
         layers: int,
     ) -> None:
-        """Run rows through the first layers only, for what a collector reads there.
+        """Run rows through the first layers only, so that a collector can read its signals there early.
 
-        They are written to the slots from `start` on, but do not count: the pass that computes them whole comes later.
+        Their keys and values are written to the slots from `start` on, but the cache's length does not change: a later
+        pass runs the rows through all layers and overwrites these slots.
+
+        Args:
+            embeds_QD: The rows.
+            positions_AQ: Their rotary positions.
+            cache: The model's cache, in which the layers have filled the slots before `start`.
+            collector: Reads the signals.
+            start: Slot of the first row.
+            layers: Number of layers to run.
         """
         states, length = None if collector is None else collector.states, cache.length
         cache.length = start
@@ -175,8 +187,11 @@ class TextPasses(Family):
         """Append text rows to the cache: a token, a tree, or one level of a tree. Returns hidden states (Q, D).
 
         Args:
+            tokens_Q: Token ids.
             depths: Depth of each row, added to `position` to give its rotary position.
-            seen_QT: Which of the last T slots (these rows included) each row sees; it sees all before. None: causal.
+            seen_QT: Whether each row attends to each of the last T slots, which include these rows. All rows attend to
+                all slots before. None: causal.
+            cache: The model's cache.
             position: Rotary position of depth 0; by default that of the next slot.
         """
         positions = torch.as_tensor(depths) + (cache.position if position is None else position)

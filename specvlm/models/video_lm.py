@@ -163,9 +163,14 @@ class VideoLM(TextPasses):
         images: Sequence[dict[str, Any]] = (),
         order: Sequence[str] = (),
     ) -> VideoPrompt:
-        """Expand each slot token in `ids`, which stands for a run (`runs`, `image_runs`), to one token per feature.
+        """Build the prompt: repeat each slot token in `ids` as often as its run (`runs`, `image_runs`) has slots.
 
-        order: "video" or "image" for each item, if both share a slot token; by default images come first.
+        Args:
+            ids: Token ids of the prompt, with one slot token per run.
+            grids: Token grid of each video.
+            videos: Each video's dict from `process_video`.
+            images: Each image's dict from `process_image`.
+            order: "video" or "image" for each item, if both share a slot token; by default images come first.
 
         Raises:
             UserError: Wrong number of placeholders, a token outside the vocabulary, or no text after the video.
@@ -183,7 +188,7 @@ class VideoLM(TextPasses):
         return {name: x.to(self.device, self.dtype if name.startswith("pixel") else x.dtype) for name, x in made.items()}
 
     def vision_rows(self, video: dict[str, Any]) -> int:
-        """Return the number of patches in the largest pass of the vision tower."""
+        """Return the number of patches in the largest pass of the vision tower over a video."""
         if isinstance(video, LateVideo):
             return video.vision_rows
         frames, patches = self.frame_patches(video)
@@ -203,7 +208,15 @@ class VideoLM(TextPasses):
         frames: Tensor | None,
         encode: Callable[[Tensor], FeaturesT],
     ) -> FeaturesT:
-        """(cells, D) features, encoded a few frames at a time. encode: maps pixels (F, ...) to features (F * P, D)."""
+        """Encode a video, at most PATCHES patches at a time unless a frame has more. Returns (grid.cells, D) features.
+
+        Args:
+            pixels: Input of the vision tower, (grid.frames, ...).
+            grid: Token grid of the video.
+            patches: Patches per frame.
+            frames: Indices of the frames to encode, ascending; rows of the other frames are 0. None: all frames.
+            encode: Maps pixels (F, ...) to features (F * P, D).
+        """
         chosen = torch.arange(grid.frames) if frames is None else frames
         found: Any = self.blank(grid.cells)
         slots_FP = torch.arange(grid.cells, device=self.device).unflatten(0, (grid.frames, grid.per_frame))
@@ -225,7 +238,14 @@ class VideoLM(TextPasses):
         return pixels.to(self.dtype).pin_memory().to(self.device, non_blocking=True)
 
     def features(self, prompt: VideoPrompt, keep: KeepSet | None = None, sight: VisionProbe | None = None) -> Tensor | Features:
-        """(N, D) features of all videos. keep: unless it merges tokens, frames without kept ones are not encoded."""
+        """Compute the features of all videos, (N, D).
+
+        Args:
+            prompt: The prompt.
+            keep: Tokens that are kept. Frames without any are not encoded, and their rows are 0, unless `keep` merges
+                tokens. None: all frames are encoded.
+            sight: As in `encode_video`.
+        """
         parts, start = [self.blank(0)], 0
         for grid, video in zip(prompt.grids, prompt.videos, strict=True):
             frames = None
@@ -241,7 +261,9 @@ class VideoLM(TextPasses):
     def encoding(self, prompt: VideoPrompt, number: int, sight: VisionProbe | None = None) -> Pauses[Tensor | Features]:
         """Compute the features of one video, with a pause after each pass of the vision tower.
 
-        With `sight` there is one pause, at the end.
+        With `sight`, which needs all frames in one call, there is a single pause, at the end.
+
+        number: Index of the video in the prompt.
         """
         grid, video = prompt.grids[number], prompt.videos[number]
         at_once = max(1, PATCHES // self.frame_patches(video)[1])
@@ -259,14 +281,17 @@ class VideoLM(TextPasses):
         return found
 
     def embed_text(self, tokens_Q: Tensor) -> Tensor | Features:
-        """(Q, D) input embeddings of text."""
+        """Return the input embeddings (Q, D) of text, as a `Features` if `levels` is not 0."""
         rows_QD = self.embed_tokens(tokens_Q)
         if not self.levels:
             return rows_QD
         return Features(rows_QD, rows_QD.new_zeros(len(rows_QD), self.levels, rows_QD.shape[1]))
 
     def embed(self, prompt: VideoPrompt, features_ND: Tensor | Features, keep: KeepSet | None = None) -> Tensor | Features:
-        """(S, D) input embeddings of the prompt, or (K, D) of the slots that `keep` keeps, merged by its pool."""
+        """Return the input embeddings of all slots of the prompt, (S, D); with `keep`, of the kept slots only, (K, D).
+
+        If `keep` has a pool, its rows merge the video features.
+        """
         embeds_SD: Any = self.embed_text(prompt.tokens)
         if prompt.images:
             with self.forms.of(self.hf.model):
