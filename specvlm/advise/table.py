@@ -53,7 +53,7 @@ def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    """Print predicted and measured times and acceptance of the checked candidates. checked: from `check`."""
+    """Print predicted and measured times and acceptance. checked: a result of the adviser's `check` per candidate."""
     names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (

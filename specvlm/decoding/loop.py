@@ -249,7 +249,7 @@ class DecodingGraph:
 
     @property
     def _drafts(self) -> VideoLM | None:
-        """The model that drafts, if the drafter runs one."""
+        """The model that drafts: the target or the draft. For a drafter without a model, the draft, if there is one."""
         return self.target if self.drafter.model == "target" else self.draft
 
     def _session(self, context: DraftContext) -> DraftSession:
