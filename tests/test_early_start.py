@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -377,6 +377,33 @@ def test_kept_prompts_give_the_same_rounds(family, pruner, verifier, own_gpu, lo
         assert rounds_of(list(graph.decode(prompt, 10))) == want
         assert store.hits == known
     assert not [item for item in log if item.startswith("target") and f" {prompt.cut} rows" in item]
+
+
+@dataclass(frozen=True)
+class NotedFastV(FastVPruner):
+    """FastV, which notes the signals that it reads."""
+
+    seen: list = field(default_factory=list, compare=False)
+
+    def select(self, ctx):
+        self.seen.append(ctx.signal("verifier_attention_last_row").clone())
+        return super().select(ctx)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS, ids=str)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_where_guesses_change_a_sample_a_choice_reads_the_bits_that_it_reads_of_a_known_video(
+    family, verifier, own_gpu, log, monkeypatch
+):
+    """An exact engine computes the text's own rows in another way than the modules, in which it runs ahead."""
+    monkeypatch.setattr(GraphsEngine, "exact", lambda engine, model: True)
+    pruner, prompt = NotedFastV(2), tiny.prompt(family)
+    graph = graph_of(family, pruner, verifier=verifier, engine=GraphsEngine("direct"), prefixes=PrefixStore(2**26))
+    beside = "select" in ran(graph, log, prompt)[: log.index("token")]
+    list(graph.decode(prompt, 8))
+    miss, hit = pruner.seen
+    assert graph.prefixes.hits == 1 and beside is graph.joins
+    assert torch.equal(miss, hit) or beside  # where no guess changes the output, they may be rounded otherwise
 
 
 @pytest.mark.parametrize("pruner", [UniformPruner(), FastVPruner(1), TwoStagePruner()], ids=str)

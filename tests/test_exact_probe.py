@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 
+import plain_forms
 import pytest
 import tiny
 import torch
 
 from specvlm.engine import Engine
 from specvlm.exact_probe.__main__ import arithmetics, differences, main
+from specvlm.models import fused_forms
+from specvlm.models.fused import Forms
 
 SMALL = ["video=synthetic_1", "frames=4", "max_new_tokens=20"]
 
@@ -48,6 +53,26 @@ def test_every_arithmetic_computes_the_same_logits_up_to_rounding(family):
         assert (found.positions, found.best) == (6, 0), name
     before = lm.hf.config.get_text_config()._attn_implementation
     assert before not in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_hugging_faces_arithmetics_are_its_own_where_modules_run_fused(family, monkeypatch):
+    lm, calls = tiny.wrap(tiny.copy.deepcopy(tiny.model(family).hf)), Counter[str]()
+    lm.forms = forms = Forms(lm.hf, lm.axes, plain_forms)
+    modeling = sys.modules[type(lm.text.layers[0]).__module__]
+    for module, name in ((modeling, "eager_attention_forward"), (fused_forms, "attend"), (plain_forms, "norm")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, real=real, name=name, **more: calls.update([name]) or real(*given, **more)
+        )
+    found = {}
+    for name, append in arithmetics(lm, Engine()):
+        calls.clear()
+        append(torch.tensor([5, 6, 7]), lm.new_cache(8))
+        found[name] = {**calls}
+    assert found["specvlm"].keys() == {"attend", "norm"} and found["sdpa"] == {}
+    assert found["eager"] == {"eager_attention_forward": lm.layers} and lm.forms is forms
 
 
 def test_a_row_that_depends_on_its_pass_is_counted():

@@ -42,6 +42,8 @@ def test_nodes_are_those_of_sequential_steps_in_float64(monkeypatch):
     monkeypatch.setattr(torch, "equal", near)
     found = nodes.measure(lm, "ours", 700, 60)
     assert found["bits"] == found["argmax"] == found["nodes"] >= 60 and found["trees"] > 1
+    theirs, attention = nodes.measure(lm, "sdpa", 700, 20), lm.hf.config.get_text_config()._attn_implementation
+    assert theirs["bits"] == theirs["nodes"] >= 20 and attention == "specvlm"  # as it was
     real = nodes._lean
     monkeypatch.setattr(nodes, "_lean", lambda lean, tree, cache, base, by: real(lean, tree, cache, base - (len(tree) > 1), by))
     assert nodes.measure(lm, "ours", 700, 60)["bits"] < 30

@@ -18,6 +18,7 @@ from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.models import fused
 from specvlm.models.attention import AttentionCollector
 from specvlm.models.fused import HUGGING_FACE, Forms, Fused, forms_of
+from specvlm.models.integrity import structure
 from specvlm.models.quantize import quantize_text
 from specvlm.models.video_lm import VideoLM
 from specvlm.results.metrics import tokens_of
@@ -67,7 +68,7 @@ def counting() -> tuple[SimpleNamespace, Counter[str]]:
 
 
 def in_form(forms: Forms) -> set[nn.Module]:
-    return {module for part in forms._parts.values() for module, _ in part.forwards}
+    return {*forms.forwards}
 
 
 def left_over(lm: VideoLM) -> list[str]:
@@ -132,6 +133,17 @@ def test_nothing_stays_on_modules():
         assert left_over(lm)
         raise KeyError
     assert not left_over(lm)
+
+
+def test_a_form_that_a_pass_of_another_thread_uses_is_no_change_of_the_model_and_another_forward_is():
+    lm = formed("qwen2_5_vl")
+    before, layer = structure(lm), lm.text.layers[0]
+    with lm.forms.of(layer), lm.forms.of(lm.hf.model):
+        assert left_over(lm) and structure(lm) == before
+        vars(layer.mlp)["forward"] = torch.nn.functional.relu
+        assert [name for name, now in structure(lm).items() if now != before[name]] == [
+            "its module model.language_model.layers.0.mlp"
+        ]
 
 
 def test_forms_stay_until_the_last_pass_ends():
@@ -206,6 +218,33 @@ def test_other_activations_more_parts_and_other_peoples_forwards_stay():
     with forms.of(first), forms.of(lm.hf.model):
         pass
     assert vars(hooked)["forward"] is own
+
+
+class Unsized(nn.Module):
+    """A linear layer that does not tell its size."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("language_model.layers.0.mlp", "gate_proj"),
+        ("language_model.layers.0.self_attn", "q_proj"),
+        ("visual.blocks.0.attn", "qkv"),
+    ],
+)
+def test_a_module_whose_linear_layers_do_not_tell_their_size_stays(name, part):
+    lm = tiny.wrapped(copy.deepcopy(tiny.model("qwen2_5_vl").hf))
+    module = lm.hf.model.get_submodule(name)
+    setattr(module, part, Unsized(getattr(module, part)))
+    found = in_form(Forms(lm.hf, lm.axes, plain_forms))
+    assert found and module not in found
 
 
 def test_a_model_whose_rotary_positions_cannot_be_computed_alone_stays_as_it_is(monkeypatch):

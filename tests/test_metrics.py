@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from specvlm.app.console import RunConsole
 from specvlm.app.scoring import Scorer
 from specvlm.errors import UserError
 from specvlm.results import scores
+from specvlm.results.metrics import speed
 from specvlm.results.mirror import Mirror, Tracking
 from specvlm.results.rows import rows_of, summary_of
 from specvlm.strategies import Answer, Metric, Sample, registry
@@ -312,3 +314,11 @@ def test_the_mirror_gets_every_score():
     mirror.run = SimpleNamespace(log=lambda *point: logged.append(point))
     mirror.sample({"sample": "a", "index": 0, "scores": {"accuracy": 1.0, "rouge_l": None}}, [])
     assert logged == [("sample", 0, {"score_accuracy": 1.0})]
+
+
+def test_decoding_never_takes_less_than_no_time():
+    """It is a difference of sums, which rounding may put below zero where nothing was decoded."""
+    random = Random(0)
+    for _ in range(200):
+        times = {part: random.random() for part in ("vision", "prefill", "prune", "draft_prefill", "capture")}
+        assert speed(times, 1)["decode_s"] >= 0

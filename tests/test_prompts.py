@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -218,6 +219,17 @@ def test_a_fork_clears_nothing_away_that_waits_for_threads_which_it_has_not(busy
     finally:
         gc.set_threshold(*before)
         gc.collect()
+
+
+def test_a_system_that_cannot_fork_is_told_and_leaves_no_file_open(monkeypatch):
+    def fork():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(child.ChildError, match="cannot start a process for it .Resource temporarily unavailable"):
+        child.in_child(lambda: "done")
+    assert len(os.listdir("/proc/self/fd")) == before and gc.isenabled()
 
 
 def test_the_garbage_collector_stays_off_where_it_was():

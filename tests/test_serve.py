@@ -11,6 +11,10 @@ from PIL import Image
 from serving import FEW, MODEL, PATH, body, data_url, events_of, live, served, text_of, until
 from session_pairs import COUPLED, QUESTION, UNLIKE, new_session, session
 
+from specvlm.serve.chat_body import ChatBody, OwnOptions
+from specvlm.serve.chat_options import options_of
+from specvlm.session.options import Options
+from specvlm.strategies.verifiers.sampling import SamplingVerifier
 from specvlm.video.clips import find_clip
 
 pytestmark = pytest.mark.slow
@@ -421,3 +425,11 @@ def test_an_error_after_the_first_byte_is_an_event_that_ends_the_stream(monkeypa
 
 def test_nothing_is_left_of_all_these_requests():
     assert until(live().idle)
+
+
+@pytest.mark.parametrize("own", ["sampling", {"name": "sampling"}, {"name": "sampling", "top_k": 5}, SamplingVerifier(0.7)])
+def test_the_servers_own_sampling_stays_sampling_at_another_temperature(own):
+    asked = ChatBody(model=MODEL, messages=[{"role": "user", "content": "what?"}], temperature=0.5)
+    found = options_of(asked, OwnOptions(), Options(verifier=own))["verifier"]
+    assert found["name"] == "sampling" and found["temperature"] == 0.5
+    assert found.get("top_k") == (own.get("top_k") if isinstance(own, dict) else None)

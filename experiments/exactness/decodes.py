@@ -24,6 +24,7 @@ from experiments.exactness.nodes import random_parents
 from experiments.gpu_pair.shapes import Shape, prompt_of
 from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
+from specvlm.models.fused import HUGGING_FACE
 from specvlm.models.kv_cache import CachePool
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel.ranks import local_shard
@@ -104,9 +105,10 @@ def measure(
     model: VideoLM, shape: Shape, engine: Engine, video_tokens: int, numbers: Iterable[int], limit: int, control: int
 ) -> Iterator[dict[str, Any]]:
     """Decode prompts plainly and with planted guesses. Yields a row for each, and for each decode of the control."""
-    caches = CachePool()
+    caches, forms = CachePool(), model.forms
     for number, prompt in prompts_of(model, shape, video_tokens, numbers):
-        for name, by in (("ours", engine), ("control", Engine())):
+        for name, by in (("control", Engine()), ("ours", engine)):
+            model.forms = forms if name == "ours" else HUGGING_FACE
             if name == "ours" or number < control:
                 found = compare(model, prompt, by, caches, limit, number)
                 yield {"by": name, "engine": by.runs(model), "prompt": number, "video_tokens": len(prompt.video_index)} | found

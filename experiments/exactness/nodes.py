@@ -28,6 +28,7 @@ from torch import Tensor
 from specvlm.engine.base import placed
 from specvlm.engine.cuda_graphs import kernels_for
 from specvlm.engine.lean import LeanText, Sight
+from specvlm.exact_probe.__main__ import attention_of
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.video_lm import VideoLM
 from specvlm.types import DraftTree
@@ -128,8 +129,7 @@ def passes(model: VideoLM, way: str) -> Rows:
         lean = LeanText(model)
         lean.ops = kernels_for(model, lean)
         return lambda tree, cache, base: _lean(lean, tree, cache, base, way == "ours")
-    model.hf.set_attn_implementation({"text_config": way})
-    return lambda tree, cache, base: _hugging_face(model, tree, cache, base)
+    return lambda tree, cache, base: _hugging_face(model, way, tree, cache, base)
 
 
 def _lean(lean: LeanText, tree: DraftTree, cache: KVCache, base: int, by_path: bool) -> tuple[Tensor, Tensor]:
@@ -145,11 +145,12 @@ def _lean(lean: LeanText, tree: DraftTree, cache: KVCache, base: int, by_path: b
     return lean.logits(hidden_MD), hidden_MD
 
 
-def _hugging_face(model: VideoLM, tree: DraftTree, cache: KVCache, base: int) -> tuple[Tensor, Tensor]:
-    """Run a tree through Hugging Face's modules."""
+def _hugging_face(model: VideoLM, way: str, tree: DraftTree, cache: KVCache, base: int) -> tuple[Tensor, Tensor]:
+    """Run a tree through Hugging Face's modules. way: Name of its attention function."""
     depths_M, seen_MM = placed(tree)
     cache.length, cache.offset = base, 0
     seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
     positions_AM = (depths_M + base).expand(model.axes, -1)
-    hidden_MD = model.forward(model.embed_tokens(tree.tokens), positions_AM, cache, seen_MK)
+    with attention_of(model, way):
+        hidden_MD = model.forward(model.embed_tokens(tree.tokens), positions_AM, cache, seen_MK)
     return model.head(hidden_MD), hidden_MD

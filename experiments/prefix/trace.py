@@ -14,6 +14,7 @@ import torch
 
 from specvlm.decoding import draft_prefix, prefill, prefixes
 from specvlm.decoding.loop import DecodingGraph
+from specvlm.decoding.selection import Selection
 from specvlm.engine import exact_prefill
 from specvlm.engine.cuda_graphs import GraphsEngine
 from specvlm.models.attention import AttentionCollector
@@ -32,7 +33,7 @@ PARTS: Sequence[tuple[str, object, str]] = (
     ("collect", AttentionCollector, "observe"),
     ("keep", prefixes.PrefixStore, "keep"),
     ("copy_prompt", prefill.Prefilled, "copy"),
-    ("prune", DecodingGraph, "select"),
+    ("prune", Selection, "select"),
     ("draft_start", DecodingGraph, "_session"),
     ("draft_features", draft_prefix.ReusedDraftPrefill, "features"),
     ("draft_tower", VideoLM, "features"),

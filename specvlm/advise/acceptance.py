@@ -19,9 +19,9 @@ from specvlm.results.records import Named, Share
 from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
-# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens, where `first` is the chance that
-# the best one is right. Used only if no ranks were measured. The embedded pairs have a SPREAD of 0.3 without video and of
-# 1.2 to 2 with it (three clips each), so 0.7 is cautious.
+# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens, where `first` is the chance
+# that the best one is right. Used only if no ranks were measured. The embedded pairs have a SPREAD of 0.3 without video
+# and of 1.2 to 2 with it (three clips each), so 0.7 is cautious.
 SPREAD = 0.7
 
 

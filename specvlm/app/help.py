@@ -125,7 +125,7 @@ def _families() -> Entries:
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:
     """Yield name and description of each strategy of a kind, followed by one indented entry per key.
 
-    Imports torch. Yields nothing for a group that is not a kind of strategy.
+    Yields nothing for a group that is not a kind of strategy; else imports torch.
     """
     if kind not in KINDS:
         return

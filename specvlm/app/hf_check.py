@@ -157,7 +157,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with argmaxes of a pass over prompt and output. known: those of the output's first tokens."""
+        """Compare the output with the argmaxes of a pass over it. known: argmaxes of the first tokens, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")

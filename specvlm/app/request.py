@@ -51,7 +51,7 @@ class RequestResult:
 def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
     """Reserve the target's cache and reset the peak memory.
 
-    The cache is large enough for decoding with and without the drafter, so graphs captured in one stay valid in the other.
+    The cache is large enough for decoding with and without the drafter, so that graphs captured for it stay valid.
     """
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + sizes_of(graph.drafter)[0]

@@ -232,7 +232,7 @@ class Budget:
         return Round(best, rates[best], len(mine), others)
 
     def _end(self) -> None:
-        """End the current round. Learns the cost of the one before it, whose requests all have their verdicts by now."""
+        """End the current round. Learns the cost of the one before it, whose requests all have verdicts by now."""
         if self.round is not None:
             self.plain = self.plain + 1 if self.round.shape == ROOT else 0
         if self.last is not None and (cost := self.last.cost()) is not None:

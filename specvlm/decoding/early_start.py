@@ -82,8 +82,9 @@ class Ahead:
 class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
     """Starts a request's draft. What has not been done early is done when the draft's session starts.
 
-    The pruner keeps the same tokens as it would after the target's prefill. Features computed before it has chosen are
-    those of all frames; later ones, those of the frames with kept tokens.
+    The pruner keeps the same tokens as it would after the target's prefill. An exception is an exact engine, which runs
+    the text in another way, so that signals of first layers may be rounded differently. Features computed before the
+    pruner has chosen are those of all frames; later ones, those of the frames with kept tokens.
 
     Attributes:
         selection: Chooses the tokens to keep.
@@ -132,18 +133,20 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
 
     # ---- beside the target's prefill
 
-    def beside(self, passing: Pauses[T], ahead: Ahead, inner: DraftPrefill, whole: bool) -> Pauses[T]:
+    def beside(self, passing: Pauses[T], ahead: Ahead, inner: DraftPrefill, rounds: bool) -> Pauses[T]:
         """Run the target's prefill, and start the draft once the video is queued through the last layer.
 
         Args:
             passing: The prefill, from its first layer on. Its pauses are yielded, and its result is returned.
             ahead: Its input.
             inner: Computes the draft's features and rows.
-            whole: Whether the features of all frames may be computed if the pruner has to wait for signals.
+            rounds: Whether results may be rounded differently than in a request whose videos are known. If not,
+                computes no features before the pruner has chosen, and runs no layer ahead for its signals.
         """
         target, queued = self.selection.target, None
         self._inner, self._target_ND = inner, ahead.features_ND
-        self._all = whole and not (self._early and self._at_once)
+        self._early = self._early and (rounds or not self._layers)
+        self._all = rounds and not (self._early and self._at_once)
         if self._early:
             self._collector, self._can_choose = self._own_collector(ahead), not self._layers
             self._ready = None if self._at_once else Mark(target.device)

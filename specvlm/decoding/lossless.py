@@ -41,7 +41,7 @@ from specvlm.types import DraftTree, GenerationOptions, Step, VideoPrompt
 GREEDY = GreedyVerifier()
 ARGMAX = Sampling()
 NEAR = 8  # number of best tokens of a row whose logits measure how far two passes differ
-PIECES = 4  # chunks, about, of the repeated prefill
+PIECES = 4  # approximate number of chunks of the repeated prefill
 
 
 @torch.inference_mode()
@@ -80,6 +80,9 @@ def compare(
         verifier: The run's verifier.
         options: The run's options.
         sampling: The run's rule: greedy, or coupled.
+
+    Returns:
+        The verdict "identical", "tie" or "mismatch", with the index of the first difference and the reason.
     """
     first, exact = alike(output, baseline), _exact(engine, target, prompt)
     if first == len(output) == len(baseline):
@@ -103,8 +106,9 @@ def compare(
 def _exact(engine: Engine | None, target: VideoLM, prompt: VideoPrompt) -> bool:
     """Whether any difference is an error: the engine is exact, and prefills this prompt the same way in every run.
 
-    It runs the text after the last video or image in fixed slices. If that is not all that follows the last video, the
-    rest is prefilled in several passes if it is long, but in one if a run collects the attention of all rows.
+    An exact engine runs the text after the last video or image in fixed slices. Rows between the last video and that
+    text, or all rows if there is no video, are prefilled in passes of at most CHUNK rows, but in a single pass if a run
+    collects the attention of all rows. So with more than CHUNK such rows, two runs may round differently.
     """
     once = 0 < prompt.cut == prompt.text or len(prompt) - prompt.cut <= CHUNK
     return engine is not None and engine.exact(target) and once
@@ -174,7 +178,10 @@ class _Passes:
         return _table([self._watched(row_V, at, ids) for (at, row_V), ids in zip(rows, ids_TK, strict=True)])
 
     def _watched(self, row_V: Tensor, at: int, ids_K: list[int]) -> Tensor:
-        """(K,) gaps of the first two watched tokens, the output's and the preferred one, then logits of the others."""
+        """Measure the watched tokens of a row, (K,): gaps of the first two, logits of the others.
+
+        ids_K: The output's token, the preferred token, and the row's best tokens.
+        """
         gaps = [self.rule.gap(row_V, at, token) for token in ids_K[:2]]
         return torch.cat([torch.tensor(gaps, dtype=torch.float64), row_V[ids_K[2:]].double().cpu()])
 
@@ -249,5 +256,5 @@ def _keep(cache: KVCache, base: int, path: Sequence[int]) -> None:
 
 
 def _table(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows (K,) to (T, K)."""
+    """Stack (K,) rows to a (T, K) table."""
     return torch.stack(list(rows))

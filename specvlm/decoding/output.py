@@ -8,10 +8,18 @@ from specvlm.types import GenerationOptions
 
 
 class Output:
-    """Ends an answer after the first stop id or stop text, whose token is kept, or at the token limit."""
+    """Collects an answer's tokens, and ends the answer at the token limit, or after a stop id or stop text.
+
+    The token that ends the answer belongs to it.
+
+    Args:
+        limit: Maximum number of tokens.
+        stop_ids: Token ids that end the answer.
+        text: Finds stop texts; None if the request has none.
+    """
 
     def __init__(self, limit: int, stop_ids: frozenset[int], text: AnswerText | None = None) -> None:
-        """Begin an answer. text: Finds stop texts; None if the request has none."""
+        # room: number of tokens that may still be added; 0 once the answer has ended.
         self.room, self.stop_ids, self._text = limit, stop_ids, text
         self.tokens: list[int] = []  # the answer so far
 
@@ -27,7 +35,7 @@ class Output:
         return self.room == 0
 
     def take(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Return those of a round's tokens that belong to the answer, and count them towards the limit."""
+        """Add a round's tokens to the answer, up to its end. Returns the tokens that were added."""
         tokens = tokens[: self.room]
         stop = next((number for number, token in enumerate(tokens, start=1) if self._ends(token)), None)
         self.room = 0 if stop else self.room - len(tokens)
@@ -35,7 +43,7 @@ class Output:
         return tuple(tokens[:stop])
 
     def _ends(self, token: int) -> bool:
-        """Whether the answer ends with `token`, its next one."""
+        """Whether the answer ends with its next token. Each token must be passed once, in order."""
         if token in self.stop_ids:
             return True
         if self._text is None:

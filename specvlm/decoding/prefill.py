@@ -40,7 +40,8 @@ class Prefill:
         engine: Runs the passes.
         collector: Collects signals on the way; None if none are needed.
         prefixes: What earlier requests have computed; None to compute all and to keep nothing.
-        early: Starts the draft beside it, unless the videos are known.
+        early: Starts the draft while the target computes the video's rows; not used if these are known. None: the draft
+            starts after the prefill.
     """
 
     target: VideoLM
@@ -53,7 +54,7 @@ class Prefill:
     early: EarlyStart | None = None
 
     def run(self) -> Pauses[Prefilled]:
-        """Fill the cache, with pauses in between."""
+        """Fill the cache, with pauses in between, and return the result."""
         store = self.prefixes
         if store is None or self.target.ranks.size > 1:  # ranks may find different prefixes, and would wait for each other
             return Prefilled(*(yield from self._computed(None)))
@@ -74,7 +75,7 @@ class Prefill:
         return features_ND, (yield from self._run_rest(features_ND, match))
 
     def _known(self, match: Match) -> int:
-        """Number of the prompt's rows that need not be computed. Signals of the text need all of its rows."""
+        """Number of leading rows that need not be computed. Signals of the text need all rows of the text."""
         reads = self.collector is not None and self.collector.reads_text
         return min(match.slots, self.prompt.cut) if reads else match.slots
 
@@ -110,7 +111,7 @@ class Prefill:
         self.prefixes.keep_other(self._feature_key(match, number), lambda: [part.clone() for part in parts], size)
 
     def _begin(self, match: Match) -> int:
-        """First slot that the engine may compute. An exact one fills known rows behind the video itself."""
+        """First slot to pass to the engine. An exact one gets all rows after the last video, and skips known ones."""
         return min(match.slots, self.prompt.cut) if self.engine.exact(self.target) else self._known(match)
 
     def _run_rest(self, features_ND: Tensor | Features, match: Match | None) -> Pauses[Tensor]:
@@ -141,7 +142,7 @@ class Prefill:
         return (yield from passing)
 
     def _reused(self, match: Match, early: EarlyStart) -> DraftPrefill:
-        """Return what prefills the draft behind what the store has."""
+        """Return the draft's prefill, which computes only what the store does not have."""
         assert self.prefixes is not None
         return ReusedDraftPrefill(self.prefixes, match.keys, self.engine, early.selection.pruner, early.free)
 
@@ -203,7 +204,10 @@ class Prefilled(NamedTuple):
         return replace(prompt, videos=tuple(LateVideo.of(video, digest) for video, digest in pairs)).copy()
 
     def timed(self, times_s: Mapping[str, float]) -> dict[str, float]:
-        """Note how long the prefill took; returns the times unchanged."""
+        """Store in each new entry the time that computing its rows took. Returns a copy of the times.
+
+        times_s: Seconds of each stage of the prefill (`Clock.lap`).
+        """
         made = () if self.kept is None else self.kept.made
         rows = sum(entry.end - entry.start for entry in made)
         for entry in made:
@@ -211,7 +215,13 @@ class Prefilled(NamedTuple):
         return dict(times_s)
 
     def drafting(self, engine: Engine, pruner: Pruner, free: bool) -> DraftPrefill:
-        """Return what prefills the drafter's model. free: Whether no guess can change the output."""
+        """Return the prefill of the drafter's model, which reuses the store if there is one.
+
+        Args:
+            engine: Runs the text behind kept rows.
+            pruner: Chooses the tokens to keep.
+            free: Whether no guess can change the output.
+        """
         if self.kept is None:
             return DraftPrefill()
         return ReusedDraftPrefill(self.kept.store, self.kept.match.keys, engine, pruner, free)

@@ -11,9 +11,9 @@ from specvlm.models.memory_plan import free_bytes
 
 GIB = 2**30
 SHARE = 0.25  # share of a device's free memory that kept prompts may take by default
-MOST_ON_CPU = 4 * GIB  # but no more of a CPU's
+MOST_ON_CPU = 4 * GIB  # upper bound on that share if the device is the CPU
 HOST_SHARE = 0.125  # share of the host's free memory, for a GPU's less recently used rows
-MOST_ON_HOST = 16 * GIB
+MOST_ON_HOST = 16 * GIB  # upper bound on that share
 
 
 def share_of(device: torch.device, free: int) -> int:
@@ -29,18 +29,22 @@ def host_bytes(devices: Iterable[torch.device]) -> int:
 
 
 def asked_bytes(devices: Iterable[torch.device], asked: str | bool | float) -> int:
-    """Return the bytes that may be kept on devices. asked: as in `store_for`."""
+    """Return the bytes that kept prompts may take on devices. asked: as in `store_for`."""
     if isinstance(asked, str):
         return sum(share_of(device, free_bytes(device)) for device in set(devices))
     return int(GIB * asked)
 
 
 def store_for(devices: Iterable[torch.device], asked: str | bool | float = "auto") -> PrefixStore | None:
-    """Make a store.
+    """Make a store of prompts.
 
     Args:
         devices: Devices of the target's layers.
-        asked: "auto"; False for no store; or GiB on the devices.
+        asked: GiB that the store may take on all devices together. "auto": a share of their free memory. False or 0: no
+            store.
+
+    Returns:
+        The store; None if it would have no room.
     """
     devices = list(devices)
     size = asked_bytes(devices, asked)

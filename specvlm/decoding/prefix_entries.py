@@ -1,4 +1,4 @@
-"""Entries of a store of prompts, and the part of it that a prompt matches.
+"""Entries of a `PrefixStore`, and the entries that match the beginning of a prompt.
 
 Shape suffixes: N video tokens, V vocabulary.
 """
@@ -33,7 +33,7 @@ class Ending(NamedTuple):
 
 @dataclass(eq=False)
 class Entry(Item):
-    """Rows of slots start..end-1 of a target's cache.
+    """Kept rows of a target's cache: slots `start` to `end` - 1 of a prompt or answer.
 
     Attributes:
         start: First slot.
@@ -52,7 +52,7 @@ class Entry(Item):
     ending: Ending | None = None
 
     def write(self, cache: KVCache, start: int, end: int) -> None:
-        """Write the rows between two slots to a cache."""
+        """Write those of these rows that lie in slots `start` to `end` - 1 to a cache."""
         start, end = max(start, self.start), min(end, self.end)
         if start < end:
             rows = self.kept.tensors[: len(self.kept.tensors) - len(self.signals)]
@@ -65,12 +65,12 @@ class Entry(Item):
 
 @dataclass(eq=False)
 class Match:
-    """The rows of a prompt that are kept.
+    """The longest beginning of a prompt whose rows are kept.
 
     Attributes:
         keys: Keys of the prompt.
         videos: Entries up to the end of each video that is known, in order.
-        texts: Entries of the text after the last video with the slot up to which each is used, in order.
+        texts: Pairs for the text after the last video, in order: an entry, and the slot up to which it is used.
         slots: Number of slots whose rows are known.
         ending: End of the prefill, if the whole prompt is known.
         held: Entries that may not move while the match is used.
@@ -85,7 +85,7 @@ class Match:
 
     @property
     def alike(self) -> bool:
-        """Whether each row of the text after the last video depends only on the rows before it."""
+        """Whether only text follows the last video, so that each row after it depends only on earlier rows."""
         return self.keys.prompt.text == self.keys.prompt.cut
 
     @property
@@ -99,7 +99,7 @@ class Match:
         return next(reversed(self.entries), None)
 
     def write(self, cache: KVCache, start: int, end: int) -> None:
-        """Write the known rows between two slots to a cache, and set its length."""
+        """Write the known rows of slots `start` to `end` - 1 to a cache, and set its length to `end`."""
         for entry in self.videos:
             entry.write(cache, start, end)
         for entry, upto in self.texts:
@@ -107,7 +107,7 @@ class Match:
         cache.length = end
 
     def seconds(self, slots: int) -> float:
-        """Time that computing the rows up to a slot took."""
+        """Return the seconds that the target took to compute the known rows before slot `slots`."""
         spans = [*((entry, entry.end) for entry in self.videos), *self.texts]
         sizes = [(entry, min(upto, slots) - entry.start) for entry, upto in spans]
         return sum(entry.seconds * max(0, size) / (entry.end - entry.start) for entry, size in sizes)

@@ -56,7 +56,7 @@ class PromptKeys:
 
     @property
     def base(self) -> bytes:
-        """Key of the prompt before the text after the last video."""
+        """Key of the prompt up to the end of its last video; `root` if it has no video."""
         return self.keys[-1] if self.joints else self.root
 
     @cached_property
@@ -70,7 +70,7 @@ class PromptKeys:
         return self.prompt.tokens[self.prompt.cut :]
 
     def _key(self, before: bytes, start: int, end: int, more: Sequence[str]) -> bytes:
-        """Key of the prompt up to a slot, from that of an earlier slot."""
+        """Return the key of the prompt up to slot `end`. before: its key up to slot `start`. more: also hashed."""
         found = sha256(before)
         for tensor in (self.prompt.tokens[start:end], self.positions_AS[:, start:end]):
             found.update(tensor.cpu().to(torch.int64).contiguous().numpy().tobytes())

@@ -41,8 +41,8 @@ class PrefixStore:
     the target computed from accepted tokens are kept.
 
     A key stands for model, engine, tokens, rotary positions and pixels (`PromptKeys`). Beginnings end with a video or
-    inside the text after the last one. On an engine whose passes are exact, a prompt without a video is found only as a
-    whole, since its rows depend on their number.
+    inside the text after the last one. On an exact engine (`Engine.exact`), a prompt without a video is found only as a
+    whole: it is prefilled eagerly, and then the number of rows in a pass changes how each row rounds.
 
     Signals of a pruner that come from the text after the video are computed again, from all rows of that text:
     attention to the video, key norms, hidden states of the text. Those recorded while the video's own rows are computed
@@ -93,7 +93,7 @@ class PrefixStore:
             return self._models[model]
 
     def resize(self, size: int) -> None:
-        """Change the bytes that may be kept on devices, and drop what no longer fits."""
+        """Set the maximum of bytes kept on devices. Moves or drops the least recently used rows that no longer fit."""
         with self._lock:
             self.shelf.device_bytes = size
             self.shelf.make_room(0)
@@ -128,7 +128,7 @@ class PrefixStore:
         Args:
             keys: Keys of the prompt.
             collector: Collector of the request's signals, whose records of the videos must be known.
-            exact: Whether the engine's rows depend only on the rows before them.
+            exact: Whether the engine is exact (`Engine.exact`).
         """
         match = Match(keys)
         try:
@@ -156,7 +156,7 @@ class PrefixStore:
             if spec == (None if collector is None else collector.spec) and self._use(match, whole, len(prompt)):
                 match.ending = whole.ending
                 return
-        if match.alike and (prompt.cut or not exact):  # without a video, exact rows depend on their number too
+        if match.alike and (prompt.cut or not exact):  # without a video, exact engines prefill eagerly
             tail = keys.tail[:-1]  # the last row is computed in any case
             sizes = [(common(entry.tail, tail), entry) for entry in self._texts.get(keys.base, ())]
             size, best = max(sizes, key=lambda pair: pair[0], default=(0, None))
@@ -164,7 +164,7 @@ class PrefixStore:
                 self._use(match, best, prompt.cut + size)
 
     def _use(self, match: Match, entry: Entry, slots: int) -> bool:
-        """Use an entry of text, and those before it, up to a slot. Returns False if one of them cannot be loaded."""
+        """Add an entry of text and its parents to a match, up to slot `slots`. False if one cannot be loaded."""
         spans, upto, one = list[tuple[Entry, int]](), slots, entry
         while one.end > match.keys.prompt.cut:
             if upto > one.start:
@@ -179,7 +179,7 @@ class PrefixStore:
         return True
 
     def _hold(self, match: Match, entry: Entry) -> bool:
-        """Load an entry and keep it in place while the match is used."""
+        """Load an entry and keep it in place while the match is used. Returns False if it cannot be loaded."""
         if not self._load(entry):
             return False
         entry.users += 1
@@ -204,7 +204,7 @@ class PrefixStore:
     # ---- waiting for a request that computes the same
 
     def wait(self, keys: PromptKeys, device: torch.device) -> Pauses[None]:
-        """Pause while another request computes the same rows."""
+        """Pause while another request computes the same rows, until it makes no progress for STALE_S seconds."""
         progress, since = -1, monotonic()
         while True:
             with self._lock:
@@ -325,7 +325,7 @@ class PrefixStore:
             return item.kept.tensors if item is not None and self._load(item) else None
 
     def keep_other(self, key: bytes, make: Callable[[], Sequence[Tensor]], size: int) -> None:
-        """Keep tensors under a key, instead of any others, if there is room. make: copies them; size: their bytes."""
+        """Replace the tensors kept under a key. Keeps none without room. make: copies them. size: their bytes."""
         with self._lock:
             if self.keeps:
                 if (old := self._others.pop(key, None)) is not None:

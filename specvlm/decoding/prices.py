@@ -1,4 +1,7 @@
-"""Predict the cost of a round of several requests: a table of smoothed measured times, and a fit for the rest."""
+"""Predict the time of a round of several requests from measured rounds.
+
+Sizes that were measured often are looked up in a table of smoothed times; a linear fit predicts the others.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Meter:
         self.round = 0
 
     def saw(self, sizes: Sizes, ms: float) -> None:
-        """Add a measured time."""
+        """Add a measured time, smoothed with earlier ones of the same sizes."""
         self.round += 1
         old, _, often = self.times.pop(sizes, (0.0, 0, 0))
         if often:
@@ -70,7 +73,7 @@ class Meter:
         self.costs = scaled * factors
 
     def __call__(self, sizes: Sizes) -> float:
-        """Predict the time of these sizes."""
+        """Predict the time in ms for these sizes."""
         fitted = float(np.dot(self.costs, sizes))
         ms, seen, often = self.times.get(sizes, (0.0, 0, 0))
         known = FADES ** (self.round - seen) * often / (often + SURE)
@@ -78,7 +81,9 @@ class Meter:
 
 
 class Prices:
-    """Times of rounds of one pair on one engine.
+    """Predicts times of rounds for one pair of target and draft on one engine.
+
+    Sizes of the target's pass are (1, requests, rows), those of drafting (1, passes, draft rows): see `RoundCost`.
 
     Args:
         known: Times measured earlier, such as those of a costs.json.
@@ -109,14 +114,14 @@ class Prices:
             self.draft.costs = self.check.costs.sum() / sum(CHECK_SHARES) * self.draft.shares
 
     def draft_ms(self, passes: int, draft_rows: int) -> float:
-        """Predict the time of drafting."""
+        """Predict the time in ms of drafting. Arguments are those of `RoundCost`."""
         return self.draft((1, passes, draft_rows)) if passes else 0.0
 
     def round_ms(self, requests: int, rows: int, passes: int, draft_rows: int) -> float:
-        """Predict the time of a round (see `RoundCost`)."""
+        """Predict the time in ms of a round: drafting and check. Arguments are those of `RoundCost`."""
         return self.check((1, requests, rows)) + self.draft_ms(passes, draft_rows)
 
     @property
     def row_ms(self) -> tuple[float, float]:
-        """Cost of one more row of the target, and of the draft."""
+        """Fitted time in ms of one more row of the target, and of one more row of the draft."""
         return float(self.check.costs[2]), float(self.draft.costs[2])

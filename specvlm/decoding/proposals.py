@@ -25,7 +25,7 @@ class Proposals:
     """Runs a draft session.
 
     Attributes:
-        drafter: Named in errors.
+        drafter: The drafter. Errors name it.
         session: The drafter's session of this request.
         lease: The session's caches, the only ones that its passes may write to.
         engine: Engine that runs the passes.
@@ -42,18 +42,18 @@ class Proposals:
 
     @cached_property
     def ours(self) -> bool:
-        """Whether drafter and session are both specvlm's own. Our session may return trees of a plugin's drafter."""
+        """Whether drafter and session are both specvlm's own. Our session may serve a plugin's drafter."""
         return is_ours(self.session) and is_ours(self.drafter)
 
     def tree(self, last: Verdict | None) -> Jobs[DraftTree]:
-        """Run the session's `propose`, yielding its passes."""
+        """Return the session's next tree, yielding the passes that it takes. last: Verdict on the last tree, if any."""
         with inside(self.drafter):
             found = self.session.propose(last)
         return (yield from self._run(found)) if isinstance(found, Generator) else found
 
     @property
     def drafted_ahead(self) -> int | None:
-        """The session's `drafted_ahead`; None unless it is a number."""
+        """Number of levels of the last tree that were drafted ahead; None if the session does not give an int."""
         with inside(self.drafter):
             levels = getattr(self.session, "drafted_ahead", None)
             return levels if type(levels) is int else None

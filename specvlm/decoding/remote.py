@@ -32,7 +32,10 @@ Models = tuple[VideoLM, VideoLM]  # target, which may be a skeleton, and draft
 
 @dataclass(frozen=True)
 class Begin:
-    """Begin a request: its number, the drafter, and the fields of its `DraftContext` without the models."""
+    """Message that begins a request: its number, the drafter, and fields of its `DraftContext`.
+
+    `state` is the state of the request's random generator.
+    """
 
     number: int
     drafter: Drafter
@@ -49,7 +52,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Asked:
-    """Ask for a request's next tree, given the verdict on its last one. The answer has the same number."""
+    """Message that asks for a request's next tree, given the verdict on its last one. The answer repeats `number`."""
 
     request: int
     number: int
@@ -58,7 +61,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """A tree on the host, and how many of its levels were drafted ahead. Without a tree, `why` says why."""
+    """Reply to `Asked`: a tree on the host, and how many levels were drafted ahead; or `why` there is no tree."""
 
     number: int
     tree: DraftTree | None = None
@@ -67,7 +70,7 @@ class Answer:
 
 
 class RemoteDrafter(Drafter):
-    """Runs a drafter's sessions in another process. They get no signals of the target.
+    """Runs a drafter's sessions in another process. The sessions get no signals of the target.
 
     Args:
         inner: The drafter.
@@ -142,7 +145,7 @@ def heard(link: Connection) -> Any:
 
 @torch.inference_mode()
 def serve(link: Connection, models: Models, engine: Engine) -> None:
-    """Draft for requests, one after the other, until the other end is gone."""
+    """Draft for one request at a time, until the other end of the link is gone. Errors are sent as an `Answer`."""
     caches, session, request, why = CachePool(), None, -1, ""
     lease = caches.lease(drafter=True)
     with suppress(EOFError, OSError):

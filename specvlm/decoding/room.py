@@ -25,14 +25,14 @@ def needs_for(
     ranks: int = 1,
     joined: bool = False,
 ) -> list[Need]:
-    """Return the need of the target, and that of the model that drafts, if any does.
+    """Return the memory needs (`Need`) of the target and, if a model drafts, of that model.
 
     Args:
         graph: Models and strategies. The models may be skeletons.
         prompt: The request's prompt.
         options: The request's options.
         dtypes: Dtype of "target" and "draft".
-        kinds: Their quantisation, or None.
+        kinds: Quantisation of "target" and "draft", or None.
         ranks: Number of processes that share the target.
         joined: Whether passes of several requests are captured.
     """
@@ -55,7 +55,7 @@ def needs_for(
 
 
 def _need(model: VideoLM, slots: int, dtype: torch.dtype, kind: str | None, signals: int, joined: bool) -> Need:
-    """Make the need of a model, with the passes that requests share if these are captured."""
+    """Make the need of a model. joined: add the memory of captured passes that requests share."""
     return Need(model, slots, dtype, kind, signals, bytes_for(model, slots, dtype) if joined else 0)
 
 

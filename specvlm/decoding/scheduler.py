@@ -81,7 +81,7 @@ class Scheduler:
         Prefills get a slice of the turn, see `Slices`.
         """
         self._admit()
-        together = len(self.live) > 1  # a single request pauses at each step, so that it is read at once
+        together = len(self.live) > 1  # a single request pauses at each step, so that it is read immediately
         for ticket in self.live:
             if ticket.wanted is None and ticket.resting is None:  # otherwise its pass was held back, or has not run
                 ticket.advance(together)

@@ -51,7 +51,11 @@ class Selection:
     caches: CachePool
 
     def view(self, prompt: VideoPrompt, ratio: float) -> View:
-        """Return the budget in tokens, and who picks them. The pruner does unless all or none are kept, or no model drafts."""
+        """Return how many video tokens the drafter sees, and who chooses them.
+
+        The drafter chooses if it has a budget of its own. Else the pruner does, unless all or none are kept, or no
+        model drafts.
+        """
         total = len(prompt.video_index)
         with inside(self.drafter):
             own = self.drafter.own_budget(prompt.copy(pixels=False))
@@ -61,7 +65,10 @@ class Selection:
         return View(budget, own=False, pruned=self.drafter.model is not None and 0 < budget < total)
 
     def collector(self, prompt: VideoPrompt, view: View, record: bool, hidden: bool) -> AttentionCollector | None:
-        """Make the collector of the signals of the target's prefill; None if none is read, or there is no video."""
+        """Make the collector of the signals of the target's prefill; None if none is read, or there is no video.
+
+        record: Also collect the attention of the text to the video. hidden: As in `collector_for`.
+        """
         if not len(prompt.video_index):
             return None
         more = self.drafter.needs | (RECORDED if record else frozenset())
@@ -75,7 +82,10 @@ class Selection:
         features_ND: Tensor | Features,
         generator: torch.Generator,
     ) -> KeepSet:
-        """Run `select` on rank 0 and on ranks with a draft, or on all if there is none, then use rank 0's choice everywhere."""
+        """Run `select`, then use rank 0's choice on all ranks.
+
+        Rank 0 and the ranks that hold the draft run it; without a draft, all ranks do.
+        """
         ranks, here = self.target.ranks, self.drafting is None or self.drafting.device.type != "meta"
         keep = self.select(prompt, view, collector, features_ND, generator) if here or not ranks.rank else None
         if ranks.size > 1:
@@ -93,7 +103,7 @@ class Selection:
         generator: torch.Generator,
         drafted_ND: Tensor | Features | None = None,
     ) -> KeepSet:
-        """Ask the pruner which video tokens to keep; keep all or none without asking if `view` says so.
+        """Ask the pruner which video tokens to keep. If `view` is not pruned, keep all, or none if its budget is 0.
 
         drafted_ND: Video features of the model that drafts, if they are known.
 

@@ -92,7 +92,9 @@ class SharedScheduler:
                 self._settle()
 
     def between(self, work: Callable[[], T]) -> T:
-        """Call a function while no turn runs, because it must not use the models or the engine at the same time.
+        """Wait until no turn runs, then call a function and return its result. No turn starts before it returns.
+
+        For work that uses the models or the engine outside of a request.
 
         Raises UserError if called by a request of this scheduler.
         """

@@ -14,11 +14,11 @@ class Item:
 
     Attributes:
         kept: The tensors.
-        parent: Item that this one depends on, which is therefore not dropped first.
+        parent: Item that this one depends on. Dropping the parent drops this one too.
         more: Bytes on the device besides `kept`.
         users: Number of running requests that read the item now. While there are any, it may not move.
         children: Number of items whose parent this item is.
-        used: Number of its last use, among the uses of all items.
+        used: When it was last used, as a count of the uses of all items so far.
     """
 
     kept: Kept
@@ -47,6 +47,7 @@ class Shelf:
         device_bytes: Most bytes on devices.
         host_bytes: Most bytes in host memory, to which items move when there is no room on the devices.
         damaged: Number of copies in host memory that were dropped because they had changed.
+        items: All items, on devices or in host memory.
     """
 
     device_bytes: int
@@ -62,7 +63,7 @@ class Shelf:
         return sum(item.nbytes for item in self.items if item.kept.on_host is on_host)
 
     def put(self, item: Item) -> None:
-        """Add an item for which there is room (`make_room`)."""
+        """Add an item. Call `make_room` first."""
         self.items.add(item)
         if item.parent is not None:
             item.parent.children += 1
@@ -75,9 +76,9 @@ class Shelf:
             item.used, item = now, item.parent
 
     def load(self, item: Item) -> bool:
-        """Bring an item back to its device. Drops it and returns False if that is not possible.
+        """Bring an item back to its device. Returns whether it is there now.
 
-        If there is no room on the device, the item stays in host memory and the result is False too.
+        Without room on the device, the item stays in host memory. If its copy there has changed, it is dropped.
         """
         if item not in self.items:
             return False
@@ -112,7 +113,7 @@ class Shelf:
                 keep.users -= 1
 
     def _move(self, item: Item) -> bool:
-        """Move an item to host memory, if it has room there."""
+        """Move an item to host memory, dropping others from there to make room. Returns whether it was moved."""
         if item.nbytes > self.host_bytes:
             return False
         while self.nbytes(on_host=True) + item.nbytes > self.host_bytes:
@@ -122,7 +123,7 @@ class Shelf:
         return True
 
     def _drop_leaf(self, on_host: bool) -> bool:
-        """Drop the least recently used item on which no other depends."""
+        """Drop the least recently used item on which no other depends. Returns whether there was one."""
         leaves = [item for item in self.items if item.kept.on_host is on_host and not item.users and not item.children]
         item = min(leaves, key=lambda item: item.used, default=None)
         if item is not None:

@@ -51,7 +51,7 @@ class Slices:
         return not stalled or stalled + self._last_s <= self.stall_s
 
     def _advance(self, ticket: Ticket, others: Sequence[Ticket], on: bool) -> float:
-        """Run a prefill to its next pause, and count the time for those that wait meanwhile. Returns the seconds."""
+        """Run a prefill to its next pause, and add the time to `stalled` of those that wait. Returns the seconds."""
         start = perf_counter()
         ticket.advance(on)
         if others and ticket.resting is not None and ticket.resting.device.type == "cuda":

@@ -67,9 +67,16 @@ class AnswerText:
 
 
 def spell(tokenizer: Any, before: Sequence[int], tokens: Sequence[int], skip: bool = True) -> list[str]:
-    """Decode each of `tokens` to its text, given those before. A character of several tokens goes to the last one.
+    """Decode tokens one by one. The text of a character of several tokens goes to the last of them.
 
-    skip: Omit special tokens.
+    Args:
+        tokenizer: The model's tokenizer.
+        before: Tokens that precede `tokens`.
+        tokens: Tokens to decode.
+        skip: Whether to omit special tokens.
+
+    Returns:
+        The text of each of `tokens`.
     """
     line, texts = list(before[-CONTEXT:]), []
     for token in tokens:

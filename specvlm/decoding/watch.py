@@ -14,7 +14,7 @@ from specvlm.strategies.fence import is_ours, label_of
 
 
 def compared(snapshot: Snapshot) -> tuple[list[str], list[str]]:
-    """Call `Snapshot.undo`; works even if a plugin has replaced the objects to compare."""
+    """Return what `Snapshot.undo` does: names restored, names changed. If it fails, reports that instead of raising."""
     try:
         return snapshot.undo()
     except Exception as error:
@@ -22,7 +22,10 @@ def compared(snapshot: Snapshot) -> tuple[list[str], list[str]]:
 
 
 def blame(strategies: Sequence[Strategy], names: Sequence[str]) -> str:
-    """Build the message for a change. Lists the plugins' strategies, or all if there are none, and three names."""
+    """Build the message for a change. names: What has changed; the message lists up to three.
+
+    It names the strategies of plugins, or all strategies if none is a plugin's.
+    """
     foreign = [one for one in strategies if not is_ours(one)]
     who = " or ".join(map(label_of, foreign or strategies))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -1,8 +1,8 @@
 """Engines, which run the steps of the decoding loop: `eager` on any device, `graphs` on recent NVIDIA GPUs.
 
-The eager engine runs Hugging Face's modules; the other one replays CUDA graphs, and needs compute capability 9.0. An
-engine outlives requests and may serve several at once. It holds no state of a request, only shared objects such as
-captured graphs, keyed by shape and cache.
+The eager engine runs Hugging Face's modules. The other one replays CUDA graphs, and needs compute capability 8.0;
+"auto" chooses it from 9.0 on. An engine outlives requests and may serve several at once. It holds no state of a
+request, only shared objects such as captured graphs, keyed by shape and cache.
 """
 
 import torch
@@ -50,7 +50,7 @@ def engine_for(name: str, device: torch.device | str = "cpu") -> Engine:
 
 
 def captures_on(name: str, device: torch.device) -> bool:
-    """Whether the engine of this name captures steps on a device, once that is the current one."""
+    """Whether the engine of this name captures steps on a device, provided that it is the current CUDA device."""
     return name != "eager" and why_not_captured(device) is None and not (name == "auto" and untested(device))
 
 

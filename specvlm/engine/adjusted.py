@@ -1,4 +1,4 @@
-"""Rules of a request that change the target's logits, for tree nodes as for single tokens.
+"""Change the target's logits by a request's own rule, at tree nodes exactly as at single tokens.
 
 Shape suffixes: M tree nodes, V vocabulary.
 """
@@ -49,6 +49,6 @@ class AdjustedLogits(RepetitionPenalty):
 
 
 def penalty_for(target: VideoLM, prompt: VideoPrompt, options: GenerationOptions) -> RepetitionPenalty:
-    """Make the changes that a request applies to the target's logits. The prompt's tokens count as seen."""
+    """Make the callable that applies a request's penalty and rule to logits. The prompt's tokens count as seen."""
     plain = RepetitionPenalty.of(target, prompt, options.repetition_penalty)
     return plain if options.adjust is None else AdjustedLogits(plain.factor, plain.seen_V, options.adjust)

@@ -139,7 +139,7 @@ class Engine:
         Args:
             target: The target.
             prompt: The prompt.
-            inputs: Embeddings and positions of its tokens after those whose rows the cache holds.
+            inputs: Embeddings and positions of the prompt's tokens whose rows the cache does not hold yet.
             cache: The cache.
             collector: As in `VideoLM.prefilling`.
             refill: Used by an exact engine: writes the known rows after the video, once signals have been collected.
@@ -148,7 +148,7 @@ class Engine:
         return target.head(hidden_D[None])
 
     def next(self, request: Request, token: int) -> Jobs[int]:
-        """Decode one token without drafting: run the target over its last token and return the next one."""
+        """Decode one token without drafting: run the target over `token`, the last one, and return the next one."""
         cache = request.cache
         rows = yield Pass(request.target, cache, torch.tensor([token]), (0,), None, cache.length, cache.offset)
         return first_token(request, rows.logits())
@@ -214,7 +214,7 @@ class Engine:
     def rescore(self, target: VideoLM, tree: DraftTree, cache: KVCache) -> Tensor:
         """Compute a tree's (M, V) logits again, with the same arithmetic as `check`. The rows stay in the cache.
 
-        Positions and mask are rebuilt from the parents alone, so that a bug in `DraftTree` cannot hide itself.
+        Positions and mask are rebuilt from the parents alone, so that a bug in `DraftTree` shows as a difference.
         """
         (depths_M, seen_MM), base = placed(tree), cache.length
         seen_MK = torch.cat([torch.ones(len(tree), base, dtype=torch.bool), seen_MM], 1)
@@ -243,7 +243,7 @@ def placed(tree: DraftTree) -> tuple[Tensor, Tensor]:
 
 
 def first_token(request: Request, logits_1V: Tensor) -> int:
-    """Choose the next token from the (1, V) logits of a step without drafting, by the request's verifier."""
+    """Let the request's verifier choose the next token from the (1, V) logits of a step without drafting."""
     logits_1V = request.penalty(logits_1V)
     root, key_2 = DraftTree(torch.zeros(1, dtype=torch.int64), (-1,)), request.key_2(request.cache.length, logits_1V.device)
     coupled = {} if key_2 is None else {"key_2": key_2}

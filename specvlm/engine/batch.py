@@ -118,10 +118,10 @@ class Batch:
             read(numbers[start:end])
 
     def _decided(self, checks: Sequence[Check]) -> list[tuple[Callable[[Sequence[int]], None], Tensor]]:
-        """Run the trees of some checks as one pass. Returns (function, tensor) pairs: the function sets the answers.
+        """Run the trees of some checks as one pass. Returns (function, tensor) pairs.
 
-        It takes the tensor's numbers, read on the host. The tensor is a copy, since the next pass overwrites the rows.
-        Checks that fail are left out.
+        Called with the tensor's numbers, read on the host, the function sets the answers. The tensor is a copy, since
+        the next pass overwrites the rows. Checks that fail are left out.
         """
         found = list[tuple[Callable[[Sequence[int]], None], Tensor]]()
         with suppress(Exception):
@@ -136,13 +136,13 @@ class Batch:
         return found
 
     def captured(self, key: tuple[Hashable, ...], build: Callable[[str], Program], what: str, kind: Hashable) -> Program | None:
-        """Return the program of a key. None, with one warning, if it cannot be captured; then it is not tried again.
+        """Return the program of a key. None, with one warning, if it cannot be captured.
 
         Args:
             key: As for `GraphsEngine.program`.
-            build: As for `GraphsEngine.program`. May raise Uncaptured.
+            build: As for `GraphsEngine.program`. If it raises Uncaptured, a later call tries again.
             what: Says in the warning what happens instead.
-            kind: Kind of program that is not tried again. If memory runs out, only the key is not.
+            kind: After another error, programs of this kind are not tried again; if memory ran out, only this key.
         """
         if not self._failed.isdisjoint((key, kind)):
             return None
@@ -224,24 +224,27 @@ class Batch:
         return self._frames[shape, counts]
 
     def _numbers(self, values: Sequence[int | Tensor], spare: int) -> Tensor | list[int]:
-        """Join integers, on the host if all of them are, or (1,) tensors on the device, with zeros for spare ones."""
+        """Join one number per request and `spare` zeros: to a list if all are integers, else to a tensor on the device.
+
+        values: Integers, or (1,) tensors on the device.
+        """
         if all(isinstance(value, int) for value in values):
             return [*map(int, values), *[0] * spare]
         each = [value if isinstance(value, Tensor) else torch.tensor([value], device=self.device) for value in values]
         return torch.cat([*each, *self._zeros(spare)])
 
     def _joined(self, parts: Sequence[Tensor | list[int]]) -> Tensor | list[int]:
-        """Join integers, on the host if all of them are: then the program copies them at once, without blocking."""
+        """Join lists of integers to a list, which a program copies without blocking; with a tensor, to a tensor."""
         if all(isinstance(part, list) for part in parts):
             return [number for part in parts for number in part]
         return torch.cat([part if isinstance(part, Tensor) else torch.tensor(part, device=self.device) for part in parts])
 
     def _zeros(self, count: int) -> list[Tensor]:
-        """Return a tensor of zeros as padding; nothing for none."""
+        """Return padding to concatenate: a list with a tensor of `count` zeros, or an empty list if `count` is 0."""
         return [torch.zeros(count, dtype=torch.int64, device=self.device)] if count else []
 
     def layout(self, shape: Shape, passes: Sequence[Pass], fixed: bool) -> Layout:
-        """Make the layout of passes, or return one that was made for the same shapes before."""
+        """Make the layout of passes. If `fixed`, reuse one made for equal shapes and the same depths and masks."""
         key = (shape, *((len(one), one.at, _key(one.depths_Q), _key(one.seen_QT)) for one in passes))
         if fixed and key in self._layouts:
             self._layouts.move_to_end(key)
@@ -258,7 +261,10 @@ def pass_of_many(
     lean: LeanText, anchor: Tensor, kv_heads: int, longest: int, tokens_Q: Tensor, where: Tensor, base_B: Tensor,
     offset_B: Tensor, *tables: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Run a joined pass as a function of device tensors, for capture. Returns logits (Q, V), and the hidden states."""
+    """Run a joined pass as a function of device tensors, for capture. Returns logits (Q, V), and the hidden states.
+
+    anchor, longest and kv_heads: as in `Contexts`. where: from `addresses`. tables: those of `Layout`.
+    """
     layout = Layout(*tables)
     table_B4 = torch.cat([where.view(-1, 3), base_B[:, None]], 1)
     positions_Q = (base_B + offset_B).index_select(0, layout.request_Q.clamp(min=0)) + layout.depth_Q
@@ -280,7 +286,7 @@ def _with_best(
 
 
 def _rows(parts: Sequence[Tensor]) -> Any:
-    """Return hidden states as the lean pass does: a tensor, or rows in 8 bits of data and scales."""
+    """Return hidden states as the lean pass gives them: a tensor, or 8-bit rows (`Narrow`) made of data and scales."""
     if len(parts) == 1:
         return parts[0]
     from specvlm.engine.kernels.launch import Narrow
@@ -289,5 +295,5 @@ def _rows(parts: Sequence[Tensor]) -> Any:
 
 
 def _key(value: Tensor | Sequence[int] | None) -> Hashable:
-    """Return a key that is equal for equal tables."""
+    """Return a hashable key: the numbers of a sequence, but the id of a tensor, whose values are not read."""
     return id(value) if isinstance(value, Tensor) else None if value is None else tuple(value)

@@ -131,6 +131,6 @@ def pass_of(lean: LeanText, number: int, cache: KVCache, paths: Paths, state_2: 
 
 
 def move_of(store: Store, paths: Paths, state_2: Tensor, last_1: Tensor) -> tuple[()]:
-    """Compact one stage's cache: move the rows on the path to node `last_1` to the slots from the root's on."""
+    """Compact one stage's cache: move the rows on the path to node `last_1` next to each other, root first."""
     store.move(state_2[:1], paths.nodes_MD.index_select(0, last_1)[0])
     return ()

@@ -23,9 +23,9 @@ STEP = 8  # rows are padded to a multiple of it, so that few programs are captur
 SLOTS = 4096  # capacities are rounded up to a multiple of it, to capture few programs
 UNIT = 16  # bytes; caches begin at multiples of it, so that the kernels may load 16 bytes at once
 CHUNK = 512  # slots of the shortest chunk; at 16,384 keys and 8 KV heads, 32 chunks fill an H200 once
-LEAF = 128  # slots of a leaf; every row gathers its last leaf itself
+LEAF = 128  # slots of a leaf (see `kernels/path_decoding.py`); every row gathers its last leaf itself
 MOST = 64  # maximum number of chunks of a row; beyond that, their length doubles
-EARLY = 32  # that maximum for the shortest chunks of HEADS KV heads: fewer partial results of many rows to store and merge
+EARLY = 32  # MOST for the shortest chunks, from HEADS KV heads on: many rows then store and merge fewer partial results
 HEADS = 8  # KV heads whose EARLY chunks fill an H200; with 4, a row alone would take a third longer
 BLOCK = 64  # query rows of a KV head that read the shared keys together: rows of every program of the kernel
 
@@ -97,6 +97,9 @@ def blocks_of(rows: Sequence[int], group: int, count: int) -> Tensor:
         rows: Rows of each request.
         group: Query heads of a KV head.
         count: Number of blocks to pad to.
+
+    Returns:
+        (N, 3) int32 table, as in `Layout.blocks_N3`.
     """
     found, first = list[tuple[int, int, int]](), 0
     for request, own in enumerate(rows):
@@ -123,7 +126,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, passes: Sequence[Pass]) -> Shape:
-        """Round the numbers of some passes up."""
+        """Return the shape that some passes need together, with each number rounded up."""
         return cls(
             rounded(sum(map(len, passes)), STEP),
             _power_of_2(len(passes)),
@@ -166,7 +169,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def early_of(kv_heads: int) -> int:
-    """Return the maximum number of shortest chunks of a row."""
+    """Return the maximum number of chunks of the shortest length per row; with more keys, its chunks are longer."""
     return EARLY if kv_heads >= HEADS else MOST
 
 
@@ -191,12 +194,12 @@ def _power_of_2(number: int) -> int:
 
 
 def paths_of(seen_MM: Tensor) -> Tensor:
-    """List the nodes that each node sees, ascending: (M, M), of which the rest of a row is padding."""
+    """List the nodes that each node sees, ascending. Returns (M, M); a row ends with padding."""
     return seen_MM.logical_not().to(torch.int64).argsort(stable=True)
 
 
 def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Put integers on the device. During a capture nothing may be copied from the host, so each is filled in there."""
+    """Put integers on the device; tensors are returned unchanged. Copies nothing from the host during a capture."""
     if isinstance(numbers, Tensor):
         return numbers
     if isinstance(numbers, range):

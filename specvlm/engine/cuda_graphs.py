@@ -81,6 +81,7 @@ class GraphsEngine(Engine):
         """Prefill as `exact_prefilling` does if the model is exact, else as the eager engine does.
 
         A prompt without a video is always prefilled as by the eager engine, since no beginning of it could be reused.
+        So is a prompt that ends with a video or an image.
         """
         lean = self.lean(target)
         if not prompt.cut or prompt.text == len(prompt) or lean is None or not self.exact(target):
@@ -98,7 +99,7 @@ class GraphsEngine(Engine):
         return (yield from self.answer(self._check_of(request, tree)))
 
     def submit(self, request: Request, tree: DraftTree) -> Jobs[Submitted]:
-        """Start a check. If checks of several requests run as one, also waits for it."""
+        """Start a check. If it runs in one pass with checks of other requests, also waits for the answer."""
         check = self._check_of(request, tree)
         if isinstance(check, Check):
             check.waits = False
@@ -266,8 +267,8 @@ class GraphsEngine(Engine):
         Args:
             key: What the program depends on, besides the owner. The first item is the kind: "check", "draft", …
             owner: KV cache that the program works on. For a joined pass, which works on any cache, the lean pass.
-            build: Makes the program for a backend. Once an owner has MOST programs of a kind, that is "direct", and the
-                program is not kept.
+            build: Makes the program for a backend. Once an owner has MOST programs of a kind, the backend is "direct",
+                and the program is not kept.
         """
         if self.backend == "cudagraph":  # other backends keep their cache alive, so keep one program per key
             key = (*key, id(owner))

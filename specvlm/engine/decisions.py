@@ -33,12 +33,15 @@ def pass_for(check: Check) -> Pass:
 
 @lru_cache(MASKS)
 def _mask_of(parents: tuple[int, ...]) -> Tensor:
-    """Make a new mask. A plugin could write to `DraftTree.mask`, and layouts would keep what it wrote."""
+    """Return our own mask of a tree. A plugin could write to `DraftTree.mask`, and layouts would keep what it wrote."""
     return ancestor_mask.__wrapped__(parents)  # type: ignore[attr-defined]
 
 
 def decision(check: Check, rows: Any) -> Tensor:
-    """Apply a request's penalty and rule: (M + 2,) last accepted node, bonus token, and the tree's tokens."""
+    """Apply a request's penalty and rule to a check's rows.
+
+    Returns (M + 2,) integers on the device: last accepted node, bonus token, and the tree's tokens.
+    """
     request, logits_MV = check.request, rows.logits()
     if not is_ours(request.verifier):
         logits_MV = logits_MV.clone()  # other requests' rows share the memory
@@ -54,7 +57,7 @@ def decision(check: Check, rows: Any) -> Tensor:
 
 
 def answer(check: Check, numbers: Sequence[int]) -> None:
-    """Set the answer of a check from `decision`, read on the host."""
+    """Set the answer of a check, unless that fails. numbers: result of `decision`, read on the host."""
     last, bonus, *tokens = numbers
     with suppress(Exception):
         _accept(check, verdict_of(check, last, bonus), tokens)

@@ -97,7 +97,7 @@ def _program_of(batch: Batch, calls: Sequence[Call]) -> Program | None:
 
 
 def _captured(batch: Batch, program: Program, calls: Sequence[Call]) -> list[tuple[Tensor, ...]]:
-    """Run calls by their program."""
+    """Run calls by their program. Returns the tensors of each."""
     where = addresses([call.routine.cache for call in calls], batch.anchor, len(calls))
     given = [torch.stack(each) for each in zip(*(call.given for call in calls), strict=True)]
     outputs = [out.clone() for out in program([number for call in calls for number in call.state], where, *given)]
@@ -111,7 +111,7 @@ def _side_by_side(
     """Run `count` calls of equal routines as a function of device tensors, for capture.
 
     slots: Upper bound on the slots of a cache, and the capacity that the routine sees. kept: Captured layouts are
-    added.
+    appended, for the caller to keep alive.
     """
     device, works, (longest, shown) = batch.device, [], slots
     for number, state in enumerate(states.view(count, -1)):

@@ -1,4 +1,4 @@
-"""Prefill in which the rows after the video do not depend on how many they are."""
+"""Prefill in which the number of rows after the last video or image does not change a bit of any of them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def exact_prefilling(
 
     Hugging Face's modules run what comes before that text, in passes whose borders are fixed by slot. The lean pass
     runs the text by the arithmetic of steps, in slices whose borders are fixed by slot too. So a row's bits depend on
-    its token, its position and the rows before it alone: the text of a kept video with another question, or of a longer
-    chat, has the same bits. Signals of the text are read from all of its slices, in order, so they are the same too.
+    its token, its position and the rows before it alone: where another question about a video, or a longer chat, begins
+    with the same text, its rows are the same. Signals of the text are read from all of its slices, in order, so they
+    are the same too.
 
     Arguments are those of `Engine.prefilling`.
     """
@@ -71,7 +72,7 @@ def reads_slices(prompt: VideoPrompt, collector: AttentionCollector | None) -> b
 
 
 def watching(collector: AttentionCollector, lean: LeanText, cache: KVCache, part: tuple[int, int]) -> Watch:
-    """Return what lets a collector read each layer of a slice that ends at the cache's length.
+    """Return the function that passes each layer of a slice to a collector. The slice ends at the cache's length.
 
     part: As in `AttentionCollector.observe`.
     """

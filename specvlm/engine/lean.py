@@ -114,9 +114,14 @@ class Sight(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the rows of one request's pass lie: slots base + at + row of a cache. Tensors are on one stage's device.
+    """Where the rows of one request's pass lie: row i is in slot base + at + i. Tensors are on one stage's device.
 
-    watch: Called with each layer's number and queries, once its keys are in the cache.
+    Attributes:
+        cache: The request's cache.
+        base: (1,) slot number. All rows attend to all slots before it.
+        at: First slot of the rows, relative to `base`.
+        sight: Which slots each row attends to.
+        watch: Called with each layer's number and queries, once its keys are in the cache.
     """
 
     cache: KVCache
@@ -128,7 +133,10 @@ class Place(NamedTuple):
     def rope(
         self, ops: ModuleType, index: int, parts_SQN: Tensor, turns: tuple[Tensor, Tensor], layer: Any, heads: int
     ) -> Tensor:
-        """Rotate queries and keys, and write keys and values to cache layer `index`. Returns queries (Q, H, D)."""
+        """Rotate queries and keys, and write keys and values to cache layer `index`. Returns queries (Q, H, D).
+
+        turns: Cosines and sines of the rotary angles.
+        """
         keys, values = (store[0] for store in self.cache.layer(index))
         given = (keys, values, self.base, self.at, heads, layer.norms, layer.eps)
         q_QHD: Tensor = ops.rope(parts_SQN, layer.biases, *turns, *given)

@@ -102,7 +102,7 @@ class Experts:
 
 
 def linear(x_QK: Tensor, weights: tuple[Weight, ...], whole: torch.dtype | None = None) -> Tensor:
-    """Multiply x by one to three weights; concatenate the results to (1, Q, N), in x's dtype. whole: not used here."""
+    """Multiply x by one to three weights, and concatenate the results: (1, Q, N), in x's dtype. whole: not used."""
     return torch.cat([w.times(x_QK) for w in weights], -1)[None]
 
 
@@ -126,7 +126,7 @@ def experts(x_QK: Tensor, layer: Experts) -> Tensor:
 
 
 def add_norm(x_QK: Tensor, parts_SQK: Tensor | None, weight_K: Tensor, eps: float, kind: str = "full") -> tuple[Tensor, Tensor]:
-    """Compute x + the sum of parts, if any, and the RMSNorm of that times the weight; both (Q, K)."""
+    """Add the sum of parts, if any, to x. Returns the total, and its RMSNorm times the weight; both (Q, K)."""
     total = x_QK if parts_SQK is None else x_QK + parts_SQK.sum(0).to(x_QK.dtype)
     return total, _normed(total, weight_K, eps)
 

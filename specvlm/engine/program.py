@@ -20,7 +20,7 @@ class CapturePool:
     """Memory pool and capture stream that all graphs of one device share.
 
     They may share memory because they never run at the same time, and they share a stream because torch reuses memory
-    only within one. torch's default capture stream would not do: it belongs to whichever device captured first.
+    only within a stream. torch's default capture stream would not do: it belongs to whichever device captured first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -124,7 +124,7 @@ class Program:
 
 
 class Keeper(Protocol):
-    """The part of an engine that steps use: making programs and keeping them (see `GraphsEngine`)."""
+    """Interface of an engine that makes programs and keeps them (see `GraphsEngine`)."""
 
     backend: str
     capture_s: float
@@ -137,7 +137,7 @@ class Keeper(Protocol):
 
 
 def untested(device: torch.device) -> str:
-    """Return a note if the kernels were never run on a GPU of this generation, else an empty string."""
+    """Return a note if the device is a GPU older than Hopper, on which nothing was measured, else an empty string."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if capability >= (9, 0):
         return ""

@@ -16,7 +16,7 @@ class _Slot(int):
 
 
 class Recorded(TorchDispatchMode):
-    """The operations that `fn` runs on these inputs. Called with other inputs, it runs the same operations on those.
+    """Records the operations that `fn` runs on the given inputs. When called, it runs them again on other inputs.
 
     Other tensors, such as weights and caches, stay the same objects, as in a CUDA graph.
 
@@ -44,7 +44,7 @@ class Recorded(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError(f"{func} reads a tensor on the host")
         found = func(*args, **(kwargs or {}))
-        if isinstance(found, bool | int | float):  # of a tensor's values, or of its shape: its parts tell
+        if isinstance(found, bool | int | float):  # from values or from a shape? Its parts tell: reading values raises
             with self:
                 func.decompose(*args, **(kwargs or {}))
             return found

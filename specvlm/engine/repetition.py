@@ -52,7 +52,8 @@ class RepetitionPenalty:
 
         Args:
             logits_MV: (M, V) logits.
-            tree: Draft tree, whose nodes have also seen their own tokens and their ancestors'. None: rows have not.
+            tree: Draft tree, whose nodes have also seen their own tokens and their ancestors'. None: all rows have seen
+                only the prompt and the output so far.
             above_MM: (M, M) float32, 1 where the column is the row's node or an ancestor of it. Given in steps that are
                 captured for all trees of one size; by default made from the tree.
 

@@ -21,7 +21,7 @@ from specvlm.types import DraftTree, Verdict
 
 
 def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
-    """Start the check of one request's tree. Returns the integers that `decide` takes, still on the device."""
+    """Start the check of one request's tree. Returns (M + 2,) integers on the device, for `decide`."""
     request, tree, numbers = check.request, check.tree, check.numbers
     target, cache, verifier, penalty = request.target, request.cache, request.verifier, request.penalty
     device, count, base = target.head_device, len(tree), cache.length
@@ -67,7 +67,7 @@ def start(engine: Keeper, lean: LeanText, check: Check) -> Tensor:
 
 
 def decide(check: Check, numbers: list[int]) -> tuple[Verdict, list[int]]:
-    """Return the answer of a check from the integers of `start`, and cut the cache to the accepted path."""
+    """Return the answer of a check, and cut the cache to the accepted path. numbers: result of `start`, on the host."""
     last, bonus, *tokens = numbers
     verdict = verdict_of(check, last, bonus)
     check.request.cache.length += len(verdict.path)

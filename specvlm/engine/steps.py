@@ -33,8 +33,8 @@ class Check(Submitted):
 
     Attributes:
         numbers: Uniform random numbers for the verifier, if it needs any.
-        answer: The answer, once there is one. A step changes its request's cache, so it must not run twice: if another
-            step fails, all are repeated one by one, but not those with an answer.
+        answer: The answer, once there is one. If a step fails, those that ran with it are repeated one by one, except
+            those with an answer: a step changes its request's cache, so it must not run twice.
         waits: Whether the engine may wait for the answer. False: it only starts the check.
         decided: The decision, which is being copied to the host, once the check has started.
     """
@@ -125,7 +125,7 @@ def side_by_side(
 ) -> list[R]:
     """Run generators of passes in lockstep: run all passes that they yield, then resume them. Returns their results.
 
-    run: Maps (generator's number, its pass) pairs to the rows of each pass, or to an exception to raise in it.
+    run: Maps (generator's number, its pass) pairs to the rows of each pass, or to an exception for that generator.
     """
     found: dict[int, R] = {}
     answers: dict[int, Rows | Exception | None] = dict.fromkeys(range(len(works)))
@@ -143,7 +143,7 @@ def side_by_side(
 
 
 def or_none(work: Passes[R]) -> Passes[R | None]:
-    """Run a generator of passes. Its result is None if it fails."""
+    """Run a generator of passes and return its result, or None if it fails."""
     try:
         return (yield from work)
     except Exception:

@@ -42,6 +42,7 @@ from specvlm.decoding.loop import DecodingGraph, autoregressive
 from specvlm.engine import Engine
 from specvlm.errors import ExitCode, UserError
 from specvlm.models.attention import IMPLEMENTATIONS
+from specvlm.models.fused import HUGGING_FACE
 from specvlm.models.kv_cache import KVCache
 from specvlm.models.video_lm import VideoLM
 from specvlm.parallel import torchrun
@@ -162,12 +163,14 @@ def appended(target: VideoLM, additive: bool, tokens_Q: Tensor, cache: KVCache) 
 
 @contextmanager
 def attention_of(target: VideoLM, attention: str) -> Iterator[None]:
-    """Give the text layers one of Hugging Face's own attention functions within the context."""
+    """Run the text layers by Hugging Face's own code within the context, with one of its attention functions."""
+    forms, target.forms = target.forms, HUGGING_FACE  # fused forms call specvlm's attention, whatever is set
     target.hf.set_attn_implementation({"text_config": attention})
     try:
         yield
     finally:
         target.hf.set_attn_implementation(IMPLEMENTATIONS)
+        target.forms = forms
 
 
 def differences(

@@ -55,7 +55,7 @@ class StopForward(Exception):
 
 @dataclass(eq=False, repr=False)
 class AttentionCollector:
-    """Collects attention from the rows of one pass to the video tokens, layer by layer (SpecVLM, section 3).
+    """Collects attention from rows of the text to the video tokens, layer by layer (SpecVLM, section 3).
 
     Of the attention it keeps only (N,) tensors per layer, averaged over heads, unless `heads` is set (`attention_sums`).
 
@@ -92,7 +92,7 @@ class AttentionCollector:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows that are read must be in one pass."""
+        """Whether all rows are read: in one pass, or in passes that say which part of the rows they have (`observe`)."""
         return self.rows or self.weigh is not None
 
     @property

@@ -3,7 +3,8 @@
 Between their matrix products, the modules of a vision tower or a language model read and write each row a dozen times; the
 kernels of `fused_kernels.py` do so once. This is the one place that says which form runs. On a GPU in 16 bits it is the
 fused one, for target and draft, in every pass through these modules: an answer's arithmetic is the same with and without a
-draft. In float32 and on a CPU, Hugging Face's own code runs, and so it does wherever Hugging Face is asked itself.
+draft. In float32 and on a CPU, Hugging Face's own code runs, and so it does where its modules are called outside of a
+pass: `check=hf` has a copy of the model, since another thread's pass would otherwise lend it the fused forms.
 
 Whether a form computes what its module does is tried when a model is wrapped, on a few random rows. A module whose result
 differs, or that raises an error, stays as it is.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from threading import Lock
 from typing import Any
@@ -91,9 +92,14 @@ class Forms:
         return self._parts.get(module) or nullcontext()
 
     @property
+    def forwards(self) -> dict[nn.Module, Forward]:
+        """The fused form of each module that has one."""
+        return {module: forward for part in self._parts.values() for module, forward in part.forwards}
+
+    @property
     def counts(self) -> Counter[str]:
         """Number of modules that have a fused form, by the name of their class."""
-        return Counter(type(module).__name__ for part in self._parts.values() for module, _ in part.forwards)
+        return Counter(type(module).__name__ for module in self.forwards)
 
 
 HUGGING_FACE = Forms()  # leaves every module as it is
@@ -122,14 +128,15 @@ def _tried(modules: Sequence[nn.Module], angles: Sequence[Tensor], ops: Any) -> 
     for module in reversed(modules):
         if "forward" in vars(module):  # a hook of accelerate's
             continue
-        form = form_of(module, ops)
-        if form is not None and _same(module, form, angles, Fused(found)):
-            found.append((module, form.forward))
+        with suppress(Exception):  # a module of another kind, whose parts only have the same names
+            form = form_of(module, ops)
+            if form is not None and _same(module, form, angles, Fused(found)):
+                found.append((module, form.forward))
     return found
 
 
 def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused) -> bool:
-    """Whether a module's fused form, with those of its parts, computes what the module does."""
+    """Whether a module's fused form, with those of its parts, computes what the module does. Raises what either raises."""
     device = next(chain(module.parameters(), module.buffers())).device  # quantised layers have no parameters
     rows = _random(ROWS, form.width).to(device, angles[0].dtype)
     given: dict[str, Any] = {}
@@ -139,14 +146,11 @@ def _same(module: nn.Module, form: Form, angles: Sequence[Tensor], parts: Fused)
     elif form.place == "vision":
         turns = _random(ROWS, form.head // 2).to(device).repeat(1, 2)
         given = {"cu_seqlens": torch.tensor([0, ROWS], dtype=torch.int32), "position_embeddings": (turns.cos(), turns.sin())}
-    try:
-        want = first(module(rows, **given))
-        with parts:
-            ours = first(form.forward(rows, **given))
-        same = ours.shape == want.shape and ours.dtype == want.dtype
-        return same and bool((ours.double() - want.double()).norm() <= NEAR * want.double().norm())
-    except Exception:  # a module of another kind, whose parts only have the same names
-        return False
+    want = first(module(rows, **given))
+    with parts:
+        ours = first(form.forward(rows, **given))
+    same = ours.shape == want.shape and ours.dtype == want.dtype
+    return same and bool((ours.double() - want.double()).norm() <= NEAR * want.double().norm())
 
 
 def _angles(text: Any, axes: int) -> Sequence[Tensor]:

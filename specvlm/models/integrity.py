@@ -47,8 +47,9 @@ def weights_of(model: VideoLM) -> int:
 def structure(model: VideoLM) -> dict[str, Any]:
     """Describe a model for comparison: its attributes, configurations, and modules with their hooks and attributes."""
     found: dict[str, Any] = {f"the model's {key}": _plain(value) for key, value in vars(model).items()}
+    fused = model.forms.forwards  # set while another session's thread runs a pass of a model that both use
     for name, module in model.hf.named_modules():
-        found[f"its module {name or 'root'}"] = _module(module)
+        found[f"its module {name or 'root'}"] = _module(module, fused.get(module))
     for name, config in (("configuration", model.hf.config), ("generation settings", model.hf.generation_config)):
         found[f"its {name}"] = _config(config)
     return found
@@ -60,13 +61,14 @@ def _config(config: object) -> object:
     return repr(inner)
 
 
-def _module(module: nn.Module) -> tuple[Any, ...]:
-    """Describe a module for comparison: its type, tensors, children, hooks and attributes."""
+def _module(module: nn.Module, fused: object) -> tuple[Any, ...]:
+    """Describe a module for comparison: its type, tensors, children, hooks and attributes, except for its fused form."""
     attributes = vars(module)
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
     hooks = tuple(tuple(map(id, attributes.get(name, {}).values())) for name in HOOKS)
-    own_ones = ((key, _plain(value)) for key, value in attributes.items() if key[0] != "_")
+    kept = ((key, value) for key, value in attributes.items() if key[0] != "_" and (fused is None or value is not fused))
+    own_ones = ((key, _plain(value)) for key, value in kept)
     return (type(module), held, hooks, *own_ones)
 
 

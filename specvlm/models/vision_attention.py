@@ -21,15 +21,20 @@ def attend_windows(
     sight: VisionProbe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a vision tower: over the whole image (SigLIP), or inside the windows of one sequence.
+    """Compute the attention of a vision tower: over the whole image (SigLIP), or inside the windows of one sequence.
 
     Windows of equal length are batched into one call, which is as exact as one call per window.
 
     Args:
-        query: (B, H, Q, D), like key and value.
-        cu_seq_lens_q: Starts of the windows, then the end of the only sequence. Best on the CPU, since the host reads
-            the lengths. None: attention over the whole image.
-        sight: Records the attention that tokens receive.
+        module: The attention module that calls.
+        query: (B, H, Q, D), like key and value. B is 1 if there are windows.
+        attention_mask: Used only without windows.
+        cu_seq_lens_q: (windows + 1,) offsets where the windows start, then the end of the sequence. Best on the CPU,
+            since the host reads them. None: attention over the whole image.
+        sight: Records the attention that patches receive. Used only with windows.
+
+    Returns:
+        (B, Q, H, D) output, and None instead of attention weights.
     """
     if cu_seq_lens_q is None:
         out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)

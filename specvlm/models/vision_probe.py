@@ -18,7 +18,7 @@ ROWS = 4096  # rows of hidden states converted to float32 at once
 
 
 def received(query_WHLD: Tensor, key_WHLD: Tensor, scaling: float) -> Tensor:
-    """(W, L) attention that each key receives in its window, averaged over heads and queries. A window sums to 1."""
+    """(W, L) attention that each key receives in its window, averaged over heads and queries. Each window sums to 1."""
     windows, heads, length, _ = query_WHLD.shape
     wide = torch.promote_types(query_WHLD.dtype, torch.float32)
     row_bytes = heads * length * wide.itemsize
@@ -152,7 +152,10 @@ class HiddenStateProbe:
         self._start, self._video = start, video
 
     def ahead(self) -> Self:
-        """Make a probe that goes on with the text while this one still records: it shares the video tokens' states."""
+        """Return a second probe that continues at this one's next slot, with the video states recorded so far.
+
+        Used to run the text through the first layers before the target's own prefill gets to it.
+        """
         other = type(self)(self.video_index, self.cut, self.layer, self._norm_D)
         other.resume(self._start, [*self._video])
         return other
@@ -183,7 +186,10 @@ class HiddenStateProbe:
         return self._norm_D.detach().clone()
 
     def similarity(self, features_ND: Tensor) -> Tensor:
-        """(2, N) `mean_cosine` of the states entering the first layer, and of those after `layer` layers."""
+        """(2, N) `mean_cosine` of each video token with the text: entering the first layer, and after `layer` layers.
+
+        features_ND: video tokens as they enter the first layer.
+        """
         entering_TD = torch.cat(self._entering)
         before_N = mean_cosine(features_ND.to(entering_TD), entering_TD)
         return torch.stack([before_N, mean_cosine(self.video(), self.text()).to(before_N)])

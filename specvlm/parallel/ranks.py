@@ -62,11 +62,11 @@ class ProcessGroup:
         return share
 
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
-        """Return a buffer to all-reduce (rows, width) in a fused kernel; None if the GPUs or `rows` do not allow it."""
+        """Return a buffer for fused all-reduces of (rows, width) tensors; None if the GPUs or `rows` forbid it."""
         return None
 
     def gather(self, share_QN: Tensor) -> Tensor:
-        """Concatenate the columns (Q, N) of all ranks, in the order of ranks, to (Q, N * R)."""
+        """Concatenate the columns of all ranks, in rank order: (Q, N) on each rank becomes (Q, N * R) on all."""
         return share_QN
 
     def first(self, tensor: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ProcessRanks(ProcessGroup):
     def room(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> SymmetricBuffer | None:
         """Return a buffer; None if the GPUs cannot share memory or rows > ROOM.
 
-        It is made on first use, which is never in a capture: a step runs once before it is captured.
+        It is made on first use. That is never while a graph is captured, since a step runs once before its capture.
         """
         return self._room(width, dtype, device) if self.reach and rows <= ROOM else None
 
@@ -162,9 +162,12 @@ def joined(device: torch.device, save: Callable[[], str] = str) -> Iterator[Proc
         save: Called on rank 0 when another rank runs out of memory, to save the results so far. Returns a text to add
             to the message.
 
+    Yields:
+        The group of all ranks.
+
     Raises:
         UserError: The ranks are on several machines, or the system is not Linux.
-        Told: On a non-zero rank, instead of a UserError raised inside the block: rank 0 reports it.
+        Told: The block raised a UserError on a rank other than 0. Told replaces it, since rank 0 reports the error.
     """
     rank, size = torchrun.rank_here(), torchrun.size_here()
     if torchrun.several_machines():

@@ -31,5 +31,5 @@ def several_machines() -> bool:
 
 
 def nowhere() -> Path | None:
-    """Return a temporary path as the run's folder on a non-zero rank, which writes no results; None on rank 0."""
+    """Return a placeholder for the run's folder on ranks other than 0, which write no results. None on rank 0."""
     return Path(gettempdir()) / f"specvlm-{os.getpid()}" if rank_here() else None

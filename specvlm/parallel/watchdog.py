@@ -65,7 +65,7 @@ class Watch:
             os.close(fd)
 
     def ended(self, kind: str = DONE, why: str = "") -> None:
-        """Record for the other ranks how this one ends. From now on, the watchdog does not exit this process.
+        """Record how this rank ends, for the other ranks. From now on, their deaths no longer end this process.
 
         Args:
             kind: DONE, FAILED or MEMORY.
@@ -127,7 +127,7 @@ class Watch:
                     self._exit(ExitCode.LOST)
 
     def _gone(self, rank: int) -> None:
-        """Handle the end of a rank: exit this process too, unless that rank was done or only followed another one.
+        """Handle the end of a rank: exit this process too, unless that rank was done, or ended because of another one.
 
         Does nothing if this process is ending by itself.
         """

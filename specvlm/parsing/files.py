@@ -86,7 +86,7 @@ def json_of(text: str | bytes) -> Any:
 
 
 def nested(value: Any, most: int = DEEPEST) -> bool:
-    """Whether lists and objects are nested more than `most` deep. Such JSON could be written, but not parsed again."""
+    """Whether lists and dicts are nested more than `most` deep. As JSON, they could be written but not parsed again."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return most < 0 or any(nested(part, most - 1) for part in inner)
 

@@ -1,6 +1,6 @@
 """Run untrusted code in a fork of this process: if it loops, crashes or exhausts memory, only the fork ends.
 
-Time, memory and the size of the result are limited. Files and the network are not closed to the code.
+Time, memory and the size of the result are limited. The code can still use files and the network.
 """
 
 import gc
@@ -39,11 +39,17 @@ def in_child(action: Callable[[], str]) -> str:
     with _ALONE:
         source, sink = os.pipe()
         collects = gc.isenabled()
-        gc.disable()  # a finaliser may wait for a thread, and the child has no others. Python's own code runs in it first
+        # Off before the fork: in the child, Python runs code of its own before ours, and a finaliser that is called
+        # there may wait for a thread that the child does not have.
+        gc.disable()
         try:
             pid = os.fork()
             if not pid:
                 _answer(action, sink)
+        except OSError as error:
+            os.close(source)
+            os.close(sink)
+            raise ChildError(f"the system cannot start a process for it ({error.strerror})") from None
         finally:
             if collects:
                 gc.enable()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause garbage collection in this block. At exit, skip the objects that exist by then."""
+    """Pause garbage collection in this block. When Python exits, its last collection skips all objects."""
     enabled = gc.isenabled()
     gc.disable()
     atexit.register(gc.freeze)

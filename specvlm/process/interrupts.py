@@ -52,7 +52,7 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the handler for this block. Does nothing outside the main thread, or if another one is installed."""
+        """Install our handler for this block. Does nothing outside the main thread, or if Python's own was replaced."""
         here = threading.current_thread() is threading.main_thread()
         if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield

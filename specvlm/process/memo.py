@@ -1,4 +1,4 @@
-"""Cache results across requests: tensors per shape, with copies to detect and undo writes to them, and short texts."""
+"""Cache results across requests: tensors by shape, with copies to detect and undo writes to them, and texts by key."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -61,11 +61,11 @@ def restored() -> bool:
 
 
 class KeptTexts:
-    """Texts that take long to make, by what they follow from. Holds nothing but texts.
+    """Cache of texts that are slow to compute. A key must contain everything that its text depends on.
 
     Args:
-        most: Texts to keep; the one that was not asked for the longest goes first.
-        longest: Most characters of a key or a text that is kept.
+        most: Maximum number of texts. Beyond it, the least recently used one is dropped.
+        longest: Maximum number of characters of a key and of a text. Longer ones are not cached.
     """
 
     def __init__(self, most: int, longest: int) -> None:
@@ -73,7 +73,7 @@ class KeptTexts:
         self._lock, self._texts = RLock(), OrderedDict[str, str]()
 
     def get(self, key: str | None, make: Callable[[], str]) -> str:
-        """Return the text of `key`, made by `make` if it is not there. None: it is made each time."""
+        """Return the cached text of `key`, or call `make` and cache its result. With key None, nothing is cached."""
         if key is None or len(key) > self.longest:
             return make()
         with self._lock:

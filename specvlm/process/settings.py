@@ -82,7 +82,7 @@ def _kept(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _modules() -> dict[str, Any]:
-    """Map names to specvlm's imported modules. Pickle and late imports would use a replaced one."""
+    """Return specvlm's imported modules by name. If one is replaced, pickle and later imports use the replacement."""
     found = [name for name in list(sys.modules) if name.startswith("specvlm")]  # a quick filter, since there are thousands
     return {name: sys.modules[name] for name in found if name.partition(".")[0] == "specvlm"}
 
@@ -144,7 +144,7 @@ def _read(setting: Setting) -> Any:
 
 
 def set_again(before: Sequence[Any]) -> list[str]:
-    """Restore the settings that differ from `before`, unless they could not be read then.
+    """Restore the settings that differ from `before`, which `settings` returned. Those that it could not read are left.
 
     Returns the names of those that differed and are to be reported (`Setting.blamed`).
     """

@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def written(asked: argparse.Namespace) -> list[str]:
-    """Write the page, the film or both. Returns one line per file.
+    """Write the file of --out (page, table or charts), the film of --video, or both. Returns one line per file.
 
     Raises UserError if an option is wrong, a folder has nothing to report, or a file in it is damaged.
     """

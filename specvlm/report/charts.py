@@ -39,7 +39,14 @@ SEPARATORS = {0x2028: " ", 0x2029: " "}  # Unicode's line and paragraph separato
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart. spec: Vega-Lite specification, data included."""
+    """One chart.
+
+    Attributes:
+        name: Identifies the chart in its report.
+        title: Heading.
+        note: What the chart shows, in a sentence or two.
+        spec: Vega-Lite specification, data included.
+    """
 
     name: str
     title: str
@@ -128,7 +135,7 @@ def looks_of(jobs: Sequence[Job]) -> tuple[alt.Color, alt.Shape, alt.Parameter]:
 
 
 def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
-    """Rows of data: one for each job that has the metric `key`, with its interval."""
+    """Make one row of data for each job that has the metric `key`, with the value and its interval."""
     return [
         {"job": job.label, "series": job.series, "ratio": job.ratio, "samples": found.count}
         | {"value": found.value, "low": found.low, "high": found.high}
@@ -140,7 +147,7 @@ def figures_of(jobs: Sequence[Job], key: str) -> list[dict[str, Any]]:
 def by_job(jobs: Sequence[Job], key: str, title: str, reference: float | None = None) -> alt.LayerChart | None:
     """Draw one line per job with the point and interval of `key`, highest first; for jobs that share one ratio.
 
-    The axis names the jobs, so there is no legend: next to long names it would have no room.
+    The axis names the jobs. There is no legend, since long names on the axis leave no room for one.
 
     reference: where to draw a dashed line. Returns None if no job has the metric.
     """

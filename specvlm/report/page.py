@@ -120,7 +120,7 @@ def page(
 
 
 def part(name: str) -> str:
-    """Text of a part of the page: the report's own, or one shared with the server's page."""
+    """Read a file of the page, by its name: one of the report's own, or one shared with the server's page."""
     places = (files("specvlm.report") / "template", files("specvlm.results") / "page")
     return next(place / name for place in places if (place / name).is_file()).read_text(encoding="utf-8")
 

@@ -60,7 +60,7 @@ def chart_of(spec: dict[str, Any], prefix: str) -> tuple[str, float, float]:
 
 
 def coloured(part: Any) -> Any:
-    """Replace the page's CSS variables in a specification by their light colours. Texts of data are not touched."""
+    """Replace the page's CSS variables in a specification with their light colours. Texts of data are not touched."""
     if isinstance(part, dict):
         return {key: value if key == "values" else coloured(value) for key, value in part.items()}
     if isinstance(part, list):

@@ -203,7 +203,10 @@ def samples_of(fields: str) -> Sequence[Sample]:
 
 
 def view(job: Job, row: Row, tokenizer: Any) -> View:
-    """Collect one job's view of a sample. Raises UserError if its rounds or attention are damaged or do not match."""
+    """Collect one job's view of a sample.
+
+    Raises UserError if its rounds or attention are damaged, or do not match the sample's number of video tokens.
+    """
     steps, total = job.steps[row["sample"]], row["video_tokens"]
     for step in steps:
         parse(RoundRecord, step, f"{job.folder}, a round of {line(row['sample'])}")
@@ -230,7 +233,7 @@ def heat_of(file: Path, total: int) -> NDArray[np.float32] | None:
 
 
 def rounds_of(steps: Sequence[Row], tokenizer: Any) -> list[Round]:
-    """Decode the texts of each round: the accepted guesses, then the target's own token unless it was cut off."""
+    """Decode the texts of each round: accepted guesses, refused ones, and the target's own token unless cut off."""
     before: list[int] = []
     rounds = []
     for step in steps:

@@ -87,7 +87,7 @@ def by_sample(job: Job, key: str) -> dict[str, tuple[float, ...]]:
 
 
 def scored(row: Mapping[str, Any], key: str) -> float | None:
-    """Value of a row for the key of a score or of a gain; None if it has none."""
+    """Return a row's score or gain; None if it has none. key: SCORE or GAIN, then the metric's name."""
     kind, _, metric = key.partition(":")
     ours, alone = scores.score(row, metric), scores.score(row, metric, "baseline_scores")
     if kind == "score" or ours is None:
@@ -180,7 +180,10 @@ def apart_from_pruner(one: Job, other: Job) -> bool:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the Pareto front of (cost, gain) points: no other point costs no more and gains at least as much."""
+    """Return the indices of the Pareto front of (cost, gain) points, by rising cost.
+
+    A point is left out if another one costs no more and gains at least as much. Of equal points, one is kept.
+    """
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     best, found = -float("inf"), []
     for place in order:

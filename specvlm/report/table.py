@@ -19,7 +19,7 @@ class Column:
     """A column of the table.
 
     Attributes:
-        key: Key of `Job.totals`; "job" and "verdict" for the first and the last column.
+        key: Key that `total_of` takes; "job" and "verdict" for the first and the last column.
         title: Heading.
         unit: Small text after the heading.
         show: Formats a value.

@@ -10,7 +10,7 @@ from specvlm.report.reading import Job
 from specvlm.report.statistics import GAIN, Interval, bases, difference, figure, total_of
 from specvlm.report.table import Cell, Group, Line, columns_of, groups
 
-# Characters that LaTeX and Markdown read as commands.
+# Characters that LaTeX reads as commands or sets wrongly, and what to write for them.
 LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -55,7 +55,7 @@ def csv_of(jobs: Sequence[Job], base: str | None = None) -> str:
 
 
 def ends(key: str, found: Interval | None, other: Interval | None) -> dict[str, object]:
-    """Return cells by name: a figure's interval ends, its difference from the base job, and that interval's ends."""
+    """Return cells by name: ends of a figure's interval (`found`) and its difference from the base job (`other`)."""
     told: dict[str, object] = {f"{key}_low": found.low if found else None, f"{key}_high": found.high if found else None}
     if other is not None:
         told |= {f"{key}_difference": other.value}
@@ -113,7 +113,7 @@ def small(text: str) -> str:
 
 
 def figure_of(cell: Cell) -> tuple[str, str]:
-    """Text of a cell and of its interval. A score's gain is itself a difference, which is all that its cell holds."""
+    """Return the texts of a cell's value and of its interval. The cell of a gain has both in `against`."""
     if cell.text:
         return cell.text, cell.bounds
     value, _, bounds = cell.against.partition(" ")
@@ -136,7 +136,7 @@ def whole(cell: Cell) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace white space by single spaces, so that a name cannot end a comment or cell; drop control characters."""
+    """Replace white space with single spaces, so that a name cannot end a comment or cell; drop control characters."""
     return " ".join(visible(text).split())
 
 

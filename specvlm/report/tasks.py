@@ -20,7 +20,7 @@ class TaskCell:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """Scores of one metric by the values of one key of `meta`. heads: these values; lines: a job's name and cells."""
+    """Scores of one metric by the values of a key of `meta`, such as task. heads: these values; lines: cells by job."""
 
     title: str
     heads: list[str]

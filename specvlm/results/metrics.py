@@ -119,7 +119,7 @@ def speed(times: Mapping[str, float], tokens: int, video_s: float = 0.0) -> dict
     """
     first, start = (sum(times.get(part, 0.0) for part in parts) for parts in (FIRST_TOKEN, DRAFTER_START))
     whole = sum(times.values()) - times.get("capture", 0.0)
-    decode = whole - first - start
+    decode = max(0.0, whole - first - start)  # a difference of sums may be a rounding error below 0
     return {
         "time_to_first_token_s": first,
         "drafter_start_s": start,

@@ -35,7 +35,7 @@ class Tracking:
     """The tracker of one command, for all its jobs.
 
     Attributes:
-        chosen: Its settings, see `registry.settings`.
+        chosen: The tracker's name and fields, see `registry.settings`.
         note: Shows a message to the user.
         shared: `TrackContext.shared` of all jobs.
         hangs: Whether a call took longer than LIMIT_S: then the tracker is not called again.
@@ -59,7 +59,7 @@ class Tracking:
         return found[0] if found else ""
 
     def start(self, ctx: TrackContext) -> TrackedRun | None:
-        """Start a run. Raises TypeError if the tracker returns something else."""
+        """Start the run of a job; None if the tracker leaves the job out. Raises TypeError for any other result."""
         run = self._built().start(ctx)
         if run is not None and not isinstance(run, TrackedRun):
             raise TypeError(f"start returned a {type(run).__name__}, expected a TrackedRun or None")

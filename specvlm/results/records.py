@@ -168,7 +168,7 @@ class Row(TypedDict):
 
 
 class Answered(Row, Figures):
-    """A line of samples.jsonl whose sample is ok: with metrics."""
+    """A line of samples.jsonl whose sample is ok: a `Row` with the metrics of its answer."""
 
 
 class Round(TypedDict):

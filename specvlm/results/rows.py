@@ -5,9 +5,9 @@
     steps.jsonl     one line per round, written before its sample's line; steps.0-of-4.jsonl for a shard
     summary.json    the totals over all rows, replaced atomically
 
-Lines are only appended. A process that is killed may leave half a line, or rounds of a sample without a line; the
-process that resumes the job cuts them off. A sample that failed and is tried again has two lines, and so has one that
-is checked after its answer; the later line counts.
+Lines are appended. The rounds of a sample that fails are cut off again. So is, when the job is resumed, what a killed
+process left: half a line, or rounds of a sample without a line. A sample that failed and is tried again has two lines,
+and so has one that is checked after its answer; the later line counts.
 """
 
 import json
@@ -56,7 +56,7 @@ def writable(folder: Path | None) -> Iterator[None]:
 
 
 def room(folder: Path, samples: int, tokens: int) -> None:
-    """Create `folder` and raise CannotWrite unless it can be written and has room. tokens: most per sample."""
+    """Create `folder` and raise CannotWrite unless it can be written and has room. tokens: maximum per sample."""
     needed = samples * (tokens * A_TOKEN + A_SAMPLE) + SPARE
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def _current_rows(folder: Path) -> list[tuple[dict[str, Any], Path]]:
 
 
 def _replaces(row: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    """Whether a sample's later line replaces an earlier one. One that is ok is replaced only by its pending check."""
+    """Whether `row` replaces `before`, an earlier line of its sample: if that is not ok, or lacks `row`'s check."""
     checked = row["status"] == "ok" and row.get("hf_check") not in UNCHECKED
     return before["status"] != "ok" or (checked and before.get("hf_check") in UNCHECKED)
 
@@ -145,7 +145,7 @@ def is_job(folder: Path) -> bool:
 
 
 class Rows:
-    """The files that one process writes in a job's folder, locked until `close`. `done`: ids that were ok at the start.
+    """The files that one process writes in a job's folder, locked until `close`. `done`: ids of samples already ok.
 
     Args:
         cfg: Configuration of the job.

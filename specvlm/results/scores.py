@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 DRAWS, SEED = 2000, 0  # resamples and seed of the bootstrap
-Z = 1.959964  # of a 95 % interval
-MOST_GROUPS = 32  # values of a key of `meta` by which scores are grouped
+Z = 1.959964  # quantile of the standard normal distribution for a 95 % interval
+MOST_GROUPS = 32  # maximum number of values of a key of `meta` that scores are grouped by
 Row = Mapping[str, Any]
 
 SCORES = {
@@ -28,10 +28,10 @@ SCORES = {
 
 
 def totals_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Compute the totals of every metric, by its name; SCORES explains them.
+    """Compute the totals of every metric, by its name; SCORES explains them. Leaves out metrics without any score.
 
     Args:
-        rows: Rows of a job that are ok. Metrics without a single score are left out.
+        rows: Rows of a job that are ok.
     """
     names = dict.fromkeys(name for row in rows for name in row.get("scores") or {})
     found = {name: total_of(rows, name) for name in names}
@@ -91,7 +91,11 @@ def bootstrapped(values: Sequence[float]) -> tuple[float, float]:
 
 
 def group_keys(rows: Sequence[Row]) -> list[str]:
-    """Keys of `meta` to group by: with few values, texts or whole numbers, that two samples share on average."""
+    """Find the keys of `meta` to group by.
+
+    Every row has the key. Its values are texts or integers, at least 2 and at most MOST_GROUPS different ones, and each
+    has at least two rows on average.
+    """
     values = defaultdict[str, list[Any]](list)
     for row in rows:
         for key, value in (row.get("meta") or {}).items():
@@ -100,7 +104,7 @@ def group_keys(rows: Sequence[Row]) -> list[str]:
 
 
 def few(values: Sequence[Any]) -> bool:
-    """Whether these values of a key are fit to group by, see `group_keys`."""
+    """Whether these values of a key are suitable to group by, see `group_keys`."""
     if not all(isinstance(value, str | int) for value in values):
         return False
     count = len(set(values))
@@ -117,7 +121,7 @@ def by_group(rows: Sequence[Row], name: str, key: str) -> dict[str, dict[str, An
 
 
 def differing(rows: Sequence[Row]) -> dict[str, int] | None:
-    """Count lossy answers that differ from the target's own: `differ` out of `compared`. None if no answer is lossy."""
+    """Count lossy answers that differ from the target's own: `differ` out of `compared`. None if none is compared."""
     lossy = [row for row in rows if row["verdict"] == "lossy" and row.get("baseline_token_ids") is not None]
     if not lossy:
         return None

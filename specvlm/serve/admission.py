@@ -13,7 +13,7 @@ LONGEST_WAIT = 60  # largest value of Retry-After, in seconds
 
 
 class Admission:
-    """Counts running and waiting requests. For one event loop.
+    """Counts the running and waiting requests of one event loop, and the bytes of their bodies.
 
     Args:
         most: Most requests that run at once.
@@ -51,7 +51,7 @@ class Admission:
             raise busy("the queue is full: try again later", self.retry_after)
 
     def hold(self, size: int) -> None:
-        """Count bytes of a body. Raises ApiError if all requests together have too many."""
+        """Count bytes of a body. Raises ApiError if the bodies of all requests together are too large."""
         if self.held_bytes + size > self._most_bytes:
             raise busy("waiting requests take too many bytes: try again later", self.retry_after)
         self.held_bytes += size
@@ -61,7 +61,14 @@ class Admission:
         self.held_bytes -= size
 
     async def enter(self, deadline: float) -> None:
-        """Wait until there is room, then count as running. Raises ApiError at the deadline, or if the queue is full."""
+        """Wait until there is room for a request, then count it as running.
+
+        Args:
+            deadline: Latest time to wait until, by `monotonic`.
+
+        Raises:
+            ApiError: The deadline has passed, the queue is full, or the server is shutting down.
+        """
         self.check()
         if self.running < self._most and not self._waiting:
             self.running += 1

@@ -36,12 +36,12 @@ SAFE = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", PO
 
 
 class Answering(Protocol):
-    """What answers chat completions: a session in this process, or replicas elsewhere.
+    """Endpoint of chat completions: a session in this process, or replicas in other processes.
 
     Attributes:
-        settings: The settings.
+        settings: Settings of the server.
         model: Name of the model.
-        draining: Whether nobody is let in any more.
+        draining: Whether new requests are refused, since the server is shutting down.
     """
 
     model: str
@@ -56,23 +56,23 @@ class Answering(Protocol):
         """Answer a chat completion, as an ASGI application."""
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
+        """Return the default options of requests."""
 
     async def view(self, name: str) -> dict[str, Any] | None:
-        """What the drafter saw for the answer of this name, if that is still kept."""
+        """Return what the drafter saw for an answer, by the answer's id; None if it is not, or no longer, kept."""
 
     async def numbers(self) -> bytes:
-        """All numbers, as Prometheus reads them."""
+        """Return all metrics in Prometheus's text format."""
 
     async def is_ready(self) -> bool:
-        """Whether there is anything to answer with."""
+        """Whether requests can be answered now: the session or any replica runs."""
 
     async def drain(self) -> None:
-        """Let nobody in any more, and wait within a bound until all have ended."""
+        """Refuse new requests, and wait for a limited time until all others have ended."""
 
 
 class App:
-    """The application.
+    """The server's ASGI application: all paths, behind the checks of host and key.
 
     Args:
         chat: The endpoint of chat completions.
@@ -116,7 +116,11 @@ class App:
         await self._inner(scope, receive, safe)
 
     def _refused(self, scope: Message) -> ApiError | None:
-        """The error of a refused request, or None. A local server refuses pages that call it by another name."""
+        """Return the error if the request is refused, else None.
+
+        A server on localhost answers only to its local names. Otherwise a web page could reach it through a name of its
+        own (DNS rebinding).
+        """
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", "localhost").lower())
         if self._local and host not in LOCAL:

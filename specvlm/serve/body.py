@@ -80,7 +80,7 @@ def check_type(headers: Headers) -> None:
 
 
 async def sent(send: Send, message: Message, seconds: float) -> None:
-    """Send, and wait while the client's buffer is full. Raises SlowReader if it does not empty in time."""
+    """Send an ASGI message, waiting while the client's buffer is full. Raises SlowReader after `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             await send(message)
@@ -89,7 +89,7 @@ async def sent(send: Send, message: Message, seconds: float) -> None:
 
 
 def abort(scope: Message) -> None:
-    """Close the connection of a request at once, without the rest of its answer."""
+    """Close the connection of a request immediately, without sending the rest of its answer."""
     scope.get("state", {}).get("abort", bool)()
 
 

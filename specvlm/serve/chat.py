@@ -49,7 +49,7 @@ class Chat:
         model: Name of the model.
         admission: Admits requests.
         metrics: Counts requests.
-        views: What the drafter saw of recent requests.
+        views: What the drafter saw of the videos of recent requests.
     """
 
     def __init__(self, session: Session, settings: Settings, model: str) -> None:
@@ -60,7 +60,7 @@ class Chat:
         self._running: set[Generation] = set()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request, as an ASGI application. An error before the answer's first byte has its own status."""
+        """Answer a request, as an ASGI application. An error before the answer's first byte sets the HTTP status."""
         arrival = perf_counter() - _waited(scope)
         body = Body(self.admission, self.settings.max_body, self.settings.body_timeout)
         try:
@@ -83,29 +83,29 @@ class Chat:
 
     @property
     def draining(self) -> bool:
-        """Whether nobody is let in any more."""
+        """Whether new requests are refused, since the server is shutting down."""
         return self.admission.draining
 
     async def defaults(self) -> dict[str, Any]:
-        """Options of a request that sets none."""
+        """Return the default options of requests."""
         options = self.session.options
         strategies = {kind: one.name for kind, one in zip(("pruner", "drafter", "verifier"), options.strategies(), strict=True)}
         return strategies | {"max_new_tokens": options.max_new_tokens, "ratio": options.ratio}
 
     async def view(self, name: str) -> dict[str, Any] | None:
-        """What the drafter saw for the answer of this name, if that is still kept."""
+        """Return what the drafter saw for an answer, by the answer's id; None if it is not, or no longer, kept."""
         return self.views.get(name)
 
     async def numbers(self) -> bytes:
-        """All numbers, as Prometheus reads them."""
+        """Return all metrics in Prometheus's text format."""
         return self.metrics.text()
 
     async def is_ready(self) -> bool:
-        """Whether there is anything to answer with: the session."""
+        """Whether requests can be answered now: always, since the session is loaded."""
         return True
 
     def prepare(self, request: ChatRequest, body: Body, name: str) -> Asked:
-        """Read the prompt of a request. Runs in a thread. Raises ApiError if it cannot be used, or is too long."""
+        """Read a request's media and prompt. Runs in a thread. Raises ApiError or UserError if they cannot be used."""
         target, options = self.session.target, dict(request.options)
         if request.ignore_eos or request.stop_ids:
             own = set() if request.ignore_eos else set(target.stop_ids)
@@ -182,7 +182,10 @@ class Answer:
         self._name, self._last, self._begun = new_id(), dict[int, float](), False
 
     async def run(self, body: Body) -> None:
-        """Wait for a place, then decode and write. Raises ApiError if nothing was written yet."""
+        """Wait for a place, then decode and send the answer.
+
+        Raises ApiError for an error before the first byte is sent. A later error is sent as the last event.
+        """
         chat, deadline = self._chat, monotonic() + self._chat.settings.queue_timeout - _waited(self._scope)
         await chat.admission.enter(deadline)
         generation = chat.begin(self._request, body, self._name)
@@ -281,5 +284,5 @@ def told_of(error: BaseException) -> ApiError:
 
 
 def _waited(scope: Message) -> float:
-    """Seconds that a request has waited elsewhere before it came here."""
+    """Seconds that a request has already waited for this replica; 0 in a server without replicas."""
     return float(scope.get("state", {}).get("waited_s", 0.0))

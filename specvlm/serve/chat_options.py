@@ -19,7 +19,16 @@ FILES = frozenset(("costs",))  # fields of strategies that name files
 
 
 def options_of(body: ChatBody, own: OwnOptions, default: Options) -> dict[str, Any]:
-    """Make the options of the session's call."""
+    """Convert a body to options of the session's call; leaves out those that the request does not set.
+
+    Args:
+        body: The body.
+        own: The body's options under the key `specvlm`.
+        default: Options of the session.
+
+    Raises:
+        ApiError: A value is wrong, or not supported.
+    """
     limits = (body.max_completion_tokens, body.max_tokens)
     found = {
         "max_new_tokens": next((limit for limit in limits if limit is not None), None),
@@ -45,7 +54,7 @@ def options_of(body: ChatBody, own: OwnOptions, default: Options) -> dict[str, A
 
 
 def _verifier(body: ChatBody, default: Options) -> Any:
-    """Choose the verifier: `greedy` at temperature 0, else `coupled`, or `sampling` if the server's own verifier is.
+    """Choose the verifier: `greedy` at temperatures below 0.001, else `coupled`, or `sampling` if the server's own is.
 
     Returns None to use the server's own.
     """
@@ -58,8 +67,8 @@ def _verifier(body: ChatBody, default: Options) -> Any:
     asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": None if body.top_k is None else max(body.top_k, 0)}
     if body.temperature is not None and body.temperature < 0.001:
         return "greedy"  # too small for a verifier
-    kept = values if name in ("coupled", "sampling") else {}
-    return {"name": name if kept else "coupled"} | kept | {key: value for key, value in asked.items() if value is not None}
+    is_random = name in ("coupled", "sampling")
+    return {"name": name if is_random else "coupled"} | (values if is_random else {}) | {key: value for key, value in asked.items() if value is not None}
 
 
 def _named(strategy: Any) -> tuple[str, dict[str, Any]]:
@@ -115,7 +124,7 @@ def _strategy(kind: str, given: str | dict[str, Any] | None) -> Any:
 
 
 def sampling_of(body: ChatBody) -> dict[str, Any]:
-    """The number of frames or frames per second, from either of the two fields of vLLM."""
+    """Return `frames` or `fps` from vLLM's `media_io_kwargs` and `mm_processor_kwargs`; empty if neither is set."""
     video = (body.media_io_kwargs and body.media_io_kwargs.video) or VideoRequest()
     processor = body.mm_processor_kwargs or ProcessorRequest()
     frames = video.num_frames if video.num_frames is not None and video.num_frames > 0 else None

@@ -52,7 +52,7 @@ class ChatRequest:
 
 
 def chat_request(raw: bytes, default: Options) -> ChatRequest:
-    """Parse a body.
+    """Parse and check the body of a chat completion.
 
     Args:
         raw: The body.
@@ -99,7 +99,7 @@ def _json(raw: bytes) -> Any:
 
 
 def _refused(error: ValidationError) -> ApiError:
-    """Convert pydantic's first error to a message."""
+    """Convert pydantic's first error, or in messages the most deeply nested one, to an error for the client."""
     found = error.errors(include_url=False, include_context=False)
     first = max(found, key=lambda one: len(one["loc"])) if found[0]["loc"][:1] == ("messages",) else found[0]
     place = ".".join(str(step) for step in first["loc"] if not re.search(r"[\[(]|^(str|Message|Part|Address)$", str(step)))
@@ -125,7 +125,7 @@ def _message(message: Message, at: int) -> dict[str, Any]:
     if role not in ("system", "user", "assistant"):
         raise bad(f"role={line(message.role)[:40]}: expected system, user or assistant", f"{where}.role")
     if message.content is None:
-        raise bad("a message needs a content", f"{where}.content")
+        raise bad("a message needs content", f"{where}.content")
     if isinstance(message.content, str):
         return {"role": role, "content": message.content}
     return {"role": role, "content": [_part(part, f"{where}.content.{number}") for number, part in enumerate(message.content)]}

@@ -45,7 +45,7 @@ def show(page: str, keys: Mapping[str, str]) -> None:
 
 
 def require(modules: Sequence[str], extra: str) -> None:
-    """Raise UserError if one of the modules that an extra brings is not there."""
+    """Raise UserError if a module is not installed. extra: the optional dependency group that installs them."""
     if missing := [name for name in modules if find_spec(name) is None]:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'specvlm[{extra}]'")
 
@@ -73,7 +73,15 @@ def command(words: Sequence[str]) -> int:
 
 
 def understood(words: Sequence[str], kind: type[S]) -> tuple[S, RunConfig]:
-    """Split `words` into the server's and the run's, and check both. kind: class of the server's."""
+    """Split a command line into the server's settings and the configuration of a run, and check both.
+
+    Args:
+        words: The command line.
+        kind: Class of the settings. The names of its fields are the keys that belong to the server.
+
+    Raises:
+        UserError: A key or a value is wrong.
+    """
     from specvlm.app import compose
     from specvlm.app.quoting import quoted
 

@@ -26,7 +26,7 @@ REDIRECTS = 5  # most redirects that are followed
 PATIENCE = 10.0  # most seconds to wait for a connection, and for a part of the answer
 LONGEST_URL = 8192
 NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.ASCII | re.IGNORECASE)
-RESOLVERS = ThreadPoolExecutor(16, "specvlm-resolve")  # names are resolved at once, and a system may take long for each
+RESOLVERS = ThreadPoolExecutor(16, "specvlm-resolve")  # resolve names side by side: each may take long
 HEADERS = [("User-Agent", "specvlm"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
 Address = IPv4Address | IPv6Address
 

@@ -28,7 +28,15 @@ class Started:
 
 @dataclass(frozen=True)
 class Round:
-    """A round of an answer: the answer's number, its new text, and the round's words if they are asked for."""
+    """A round of an answer.
+
+    Attributes:
+        answer: Number of the answer.
+        step: What the round decoded.
+        text: Text that the round adds to the answer.
+        marks: Words of the round, from `Marks.of`; None unless the request asks for them.
+        at: Time when the round ended, by `perf_counter`.
+    """
 
     answer: int
     step: Step
@@ -60,7 +68,7 @@ Event = Started | Round | Ended | Failed
 class Threads:
     """Threads of the requests: one for each running request, more for its further answers, and one that cancels.
 
-    running: Most requests at once.
+    running: maximum number of requests that run at the same time.
     """
 
     def __init__(self, running: int) -> None:
@@ -79,8 +87,8 @@ class Generation:
         explain: Whether to report the words of each round.
 
     Attributes:
-        events: Events so far. There are at most as many as the answers have rounds, so decoding never waits for a slow
-            reader.
+        events: Events that the reader has not taken yet. Without a limit, so that decoding never waits for a slow
+            reader: there are few, about one per round of each answer.
         done: Done when no thread works on the request any more.
     """
 
@@ -143,7 +151,7 @@ class Generation:
             self._post(Failed(error))
 
     def _read(self, answer: int, asked: Asked, options: GenerationOptions, call: Call) -> None:
-        """Read the rounds of an answer. Raises Cancelled if it was cancelled."""
+        """Decode an answer and post its rounds, then its end. Raises Cancelled if the request was cancelled."""
         target, steps = self._session.target, list[Step]()
         text, marks = AnswerText(target.tokenizer, options.stop), Marks(target.tokenizer) if self._explain else None
         for step in call:

@@ -151,7 +151,7 @@ class MediaReader:
 
     @contextmanager
     def _file(self, url: str) -> Iterator[Path]:
-        """The file of a video, which is temporary unless it is in a folder."""
+        """Yield the path of a video: the local file that the URL names, or a temporary file with the URL's content."""
         if (path := self._local(url)) is not None:
             yield path
             return
@@ -159,7 +159,7 @@ class MediaReader:
             yield path
 
     def _bytes(self, url: str) -> bytes:
-        """The content of a URL, of bounded size."""
+        """Return the content of a URL. Raises ApiError if the URL is not allowed or its content is too large."""
         if (path := self._local(url)) is not None:
             return _content(path, self._settings.max_body)
         if url[:5].lower() == "data:":
@@ -175,7 +175,7 @@ class MediaReader:
         """The local file of a URL; None for other URLs. Raises ApiError for a file that may not be read."""
         if url.startswith(CLIP):
             if (name := url.removeprefix(CLIP)) not in names():
-                raise bad(f"{line(url)[:60]}: there is {', '.join(names())}", code="no_such_file")
+                raise bad(f"{line(url)[:60]}: no such clip; choose from {', '.join(names())}", code="no_such_file")
             return FOLDER / f"{name}.mp4"
         if url[:5].lower() != "file:":
             return None
@@ -203,7 +203,7 @@ def _allowed(url: str, roots: tuple[Path, ...]) -> Path:
 
 
 def _content(path: Path, most: int) -> bytes:
-    """Read a file of bounded size. Refuses a symbolic link, which a resolved path cannot be."""
+    """Read a file of at most `most` bytes. Refuses a symbolic link: it was put there after the path was resolved."""
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
         found = file.read(most + 1)
     if len(found) > most:

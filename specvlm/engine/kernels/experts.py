@@ -17,7 +17,7 @@ from specvlm.engine.kernels.launch import Tile, options_of
 from specvlm.engine.kernels.layers import linear
 from specvlm.engine.ops import Experts, Weight
 
-ROWS = 16  # rows of an expert that are multiplied at once
+ROWS = 16  # rows of an expert that are multiplied together
 TILE = Tile(64, 128, 3, 4)
 
 
@@ -83,8 +83,8 @@ def _some_pairs(mine, rank, count, p, first, ROWS: tl.constexpr):
 def _load_tile(w_ptr, s_ptr, outputs, k, offs_k, ok, K, kind, KIND: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr):
     """Load a tile of weights in the dtype `kind`, dequantised as `QuantizedLinear.weight_in` does.
 
-    outputs: rows of the stacked weights. k: first stored column, of which int4 has half. HIGH: the second half's
-    inputs.
+    outputs: rows of the stacked weights. k: first stored column. In int4, stored column c holds inputs c and c + K / 2;
+    HIGH: load the latter.
     """
     WIDE: tl.constexpr = 2 if KIND == "int4" else 1
     at = outputs[:, None].to(tl.int64) * (K // WIDE) + (k + offs_k)[None, :]
@@ -179,7 +179,7 @@ def _down_experts_kernel(
 
 
 def _inputs_of(stack: Weight) -> int:
-    """Return the inputs of a tile, which in int4 share a scale."""
+    """Return the number of inputs of a tile. In int4, all inputs of a tile must share a scale."""
     return min(TILE.inputs, stack.group) if stack.kind == "int4" else TILE.inputs
 
 

@@ -29,7 +29,7 @@ def to_8_bits(y, y_ptr):
 
 @triton.jit
 def context_of(table_ptr, k_ptr, v_ptr, request, layer, J: tl.constexpr, D: tl.constexpr):
-    """Look up a request's context (see `engine/contexts.py`): its keys and values of a layer, slot `base`, slots.
+    """Return a request's context (see `engine/contexts.py`): pointers to a layer's keys and values, `base`, capacity.
 
     k_ptr and v_ptr are the anchor. Products by 8 tell the compiler that addresses are multiples of 16 bytes.
     """

@@ -16,8 +16,8 @@ from specvlm.engine.ops import Weight
 
 AHEAD = 1  # number of weight tiles that a program prefetches into L2 while the previous kernel still runs
 LEAST = 32  # minimum number of inputs of a tile
-PROGRAMS = {"full": 1.5, "fp8": 3, "int8": 3, "int4": 2}  # programs a processor to which a sum over k is split
-HALVES = 2  # parts, at least, of the sums of quantised gate and up: all tiles at once are a few more than fit
+PROGRAMS = {"full": 1.5, "fp8": 3, "int8": 3, "int4": 2}  # programs per multiprocessor that splitting k aims for
+HALVES = 2  # minimum parts of the sum of quantised gate and up: whole, there are a few more tiles than run at a time
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -265,7 +265,7 @@ def bytes_of(tile: Tile, weight: Weight, rows: int, weights: int = 1) -> tuple[i
 
 
 def linear(x_QK: Tensor | Narrow, weights: tuple[Weight, ...], whole: torch.dtype | None = None, least: int = 1) -> Tensor:
-    """Multiply x by one to three weights; concatenate the results to (S, Q, N) float32, S partial sums over k.
+    """Multiply x by one to three weights, and concatenate the results: (S, Q, N) float32, with S partial sums over k.
 
     Args:
         x_QK: Rows.

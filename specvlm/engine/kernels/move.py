@@ -18,7 +18,7 @@ def _move_kernel(
     anchor_ptr, where_ptr, request, base_ptr, path_ptr, P, D: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Move rows at base + path to the slots from `base` on. Grid (layers * KV heads, 2): keys, then values."""
+    """Move the row in slot base + path[i] to slot base + i. Grid (layers * KV heads, 2): keys, then values."""
     head, which = tl.program_id(0), tl.program_id(1)
     if PDL:
         gdc_wait()
@@ -39,7 +39,7 @@ def _move_kernel(
 
 
 def move(anchor: Tensor, where_3B: Tensor, request: int, base_1: Tensor, path_D: Tensor, heads: int, width: int) -> None:
-    """Move rows of a request's cache, of all layers, from slots base + path to those from `base` on.
+    """Move rows of a request's cache in all layers: the row in slot base + path[i] goes to slot base + i.
 
     Args:
         anchor: Tensor of the cache's dtype, from which addresses are counted.

@@ -24,7 +24,7 @@ from specvlm.engine.kernels.flash_decoding import LOG2_E, _attend_tile, _load_he
 from specvlm.engine.kernels.launch import Narrow, Tile, context_of, options_of, split, to_8_bits
 
 ROWS = 64  # rows of every program, padded if need be: fewer would not use wgmma, which rounds differently
-LONGEST = 2**20  # slots: the merge looks for the highest of 4 * MOST segments at once
+LONGEST = 2**20  # maximum number of slots: the merge finds the highest of at most 4 * MOST segments in one step
 TILE = 64  # keys per step
 MERGED = 32  # segments per step of the merge
 
@@ -119,9 +119,9 @@ def _path_kernel(
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, LEAF: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attend to all segments: each row's last T, and shared ones by block. Grid (J, T Q + segments blocks).
+    """Attend to all segments: each row's last T, and shared ones by block. Grid (J, T * Q + segments * blocks).
 
-    before: number of programs of shared segments, of each KV head, that start before those of rows' own.
+    before: number of programs per KV head for shared segments that start before the programs for rows' own segments.
     MANY: rows belong to several requests (see `engine/contexts.py`); base_ptr then is their table, k_ptr and v_ptr are
     its anchor, and blocks come from a table too.
     """
