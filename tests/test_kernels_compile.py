@@ -51,7 +51,7 @@ def compiled(capability: int, calls: list[tuple[str, int]], monkeypatch) -> None
         calls.append((self.__name__, kernel.metadata.shared))
 
     monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(launch, "older_limit", lambda: LIMITS[capability] if capability < 90 else None)
+    monkeypatch.setattr(launch, "small_limit", lambda: LIMITS[capability] if capability < 90 else None)
 
 
 def attend(rows: int) -> None:

@@ -102,11 +102,13 @@ class PrefixStore:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Context manager in which no request adds to the store, for warm-ups and for requests that are compared."""
-        self._frozen += 1
+        with self._lock:
+            self._frozen += 1
         try:
             yield
         finally:
-            self._frozen -= 1
+            with self._lock:
+                self._frozen -= 1
 
     @property
     def keeps(self) -> bool:

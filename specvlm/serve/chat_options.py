@@ -68,7 +68,11 @@ def _verifier(body: ChatBody, default: Options) -> Any:
     if body.temperature is not None and body.temperature < 0.001:
         return "greedy"  # too small for a verifier
     is_random = name in ("coupled", "sampling")
-    return {"name": name if is_random else "coupled"} | (values if is_random else {}) | {key: value for key, value in asked.items() if value is not None}
+    return (
+        {"name": name if is_random else "coupled"}
+        | (values if is_random else {})
+        | {key: value for key, value in asked.items() if value is not None}
+    )
 
 
 def _named(strategy: Any) -> tuple[str, dict[str, Any]]:

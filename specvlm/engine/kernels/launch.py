@@ -92,15 +92,15 @@ class Narrow:
 def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[str, Any]:
     """Return a kernel's keyword arguments for a tiling: warps, stages and PDL.
 
-    On a GPU before Hopper, there is no dependent launch, and fewer stages run where shared memory is short. The number
-    of stages changes no bit of a result.
+    On a GPU with less shared memory than Hopper, there is no dependent launch, and fewer stages run if they do not fit.
+    The number of stages changes no bit of a result.
 
     Args:
         tile: The tiling, tuned on Hopper.
         stage_bytes: Shared memory that a stage takes.
         other_bytes: Other shared memory that the kernel takes.
     """
-    limit, stages, dependent = older_limit(), tile.stages, PDL
+    limit, stages, dependent = small_limit(), tile.stages, PDL
     if limit is not None:
         dependent = False
         while stages > 1 and stages * stage_bytes + other_bytes > limit:
@@ -108,11 +108,12 @@ def options_of(tile: Tile, stage_bytes: int = 0, other_bytes: int = 0) -> dict[s
     return {"num_warps": tile.warps, "num_stages": stages, "PDL": dependent, **({"launch_pdl": True} if dependent else {})}
 
 
-def older_limit() -> int | None:
-    """Return the shared memory of a program in bytes if the current GPU is older than Hopper, else None."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+def small_limit() -> int | None:
+    """Return the shared memory of a program in bytes if the current GPU has less than Hopper, else None."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    if (9, 0) <= capability < (12, 0):
         return None
-    return 166_912 if torch.cuda.get_device_capability() in ((8, 0), (8, 7)) else 101_376  # CUDA's guide: 163 KiB, 99 KiB
+    return 166_912 if capability in ((8, 0), (8, 7)) else 101_376  # CUDA's guide: 163 KiB, else 99 KiB
 
 
 def width_of(rows: int) -> int:
