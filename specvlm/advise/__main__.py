@@ -200,14 +200,14 @@ def measure(
 
 
 def ends(ratios: Sequence[float]) -> list[float]:
-    """Choose the ratios to predict for several requests: the lowest, and the one nearest to 0.9."""
+    """Choose the ratios to predict for concurrent requests: the lowest, and the one nearest to 0.9."""
     return sorted({min(ratios), min(ratios, key=lambda ratio: abs(ratio - 0.9))})
 
 
 def crowded(
     screen: RunConsole, costs: Costs, wishes: Wishes, known: Known, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]
 ) -> None:
-    """Show the predicted times of several requests at once, if asked for."""
+    """Show the predicted times of concurrent requests, if the user asked for them."""
     if wishes.requests == 1 or "tree" not in trees:
         return
     shapes, ratios = trees["tree"]

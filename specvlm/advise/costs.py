@@ -128,7 +128,7 @@ class Costs:
         timings: Measured times of a round, by drafter, shape and ratio.
         starts: Measured starts by drafter and ratio.
         machine: Name of the GPU or CPU.
-        shared: Measured rounds of several requests at once: of the target alone, and with `tree` as drafter.
+        shared: Measured rounds of concurrent requests: of the target alone, and with `tree` as drafter.
     """
 
     text: Tokens

@@ -1,4 +1,4 @@
-"""Predict the times of several requests at once, from rounds measured with some numbers of requests."""
+"""Predict the times of concurrent requests, from rounds measured with a few numbers of requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUNDS, WARM = 10, 3  # rounds of a measurement, and rounds before them to warm 
 
 @dataclass(frozen=True)
 class Load:
-    """Predicted times of several requests at once.
+    """Predicted times of concurrent requests.
 
     Attributes:
         requests: Number of requests.

@@ -48,7 +48,7 @@ class Overlapped:
             first: Index of the pass ahead that runs the root of the next tree: 0, or 1 if the last accepted node is a
                 leaf. None: the outcome was not guessed.
         """
-        # A pass that runs when the verdict arrives is waited for; all of them are levels + 1.
+        # At most levels + 1 passes run ahead. If one still runs when the verdict arrives, the round waits for its end.
         passes = min(levels + 1, max(1, ceil(self.check / self.pass_ahead)))
         ready = 0 if first is None else min(levels, max(0, passes - first))
         return self.host + max(self.check, passes * self.pass_ahead) + (levels - ready) * self.draft_pass

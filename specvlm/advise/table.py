@@ -39,7 +39,7 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
 
 
 def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
-    """Print the predicted times of several requests at once."""
+    """Print the predicted times of concurrent requests."""
     alone = {load.requests: load.token_ms for load in found if load.ratio is None}
     rows = []
     for load in found:

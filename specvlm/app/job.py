@@ -337,7 +337,7 @@ class Job:
                 torch.zeros(1, device=device).item()
 
     def _summarize(self, folder: Path) -> dict[str, Any]:
-        """Write and return the totals. Repeats until no row is new, since several shards may end at once."""
+        """Write and return the totals. Repeats until no row is new, since several shards may end together."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
             while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):

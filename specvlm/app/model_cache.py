@@ -67,9 +67,9 @@ class ModelCache:
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Plan the memory of a request. If the plan does not fit, drop models that the request does not use and retry.
+        """Plan the memory of a request. If memory does not suffice, drop models that it does not use and plan again.
 
-        Raises UserError if the second plan does not fit either.
+        Raises UserError if it still does not suffice.
         """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:

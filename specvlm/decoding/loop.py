@@ -63,7 +63,7 @@ def autoregressive(
     Uses the same prefill, cache and stop rules as `DecodingGraph.decode`. Yields the steps as they happen.
 
     Args:
-        options: An int sets `max_new_tokens` and leaves the rest at the defaults.
+        options: An int sets `max_new_tokens` and leaves the rest at the defaults. `logprobs` is ignored.
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
         engine: Engine that runs the passes; the eager one by default.
