@@ -45,7 +45,7 @@ from specvlm.results.folder import write_json
 from specvlm.strategies import Drafter, registry
 from specvlm.types import Step
 
-PARTS = (("draft",), CHECK)  # of a round's time, that make up Candidate.draft_ms and Candidate.check_ms
+PARTS = (("draft",), CHECK)  # parts of a round's time that add up to Candidate.draft_ms and to Candidate.check_ms
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def show_help() -> None:
 
 
 def command(words: Sequence[str]) -> int:
-    """Split `words` into the adviser's and the run's, check both, and advise; returns the exit code."""
+    """Split `words` into the adviser's options and overrides of the run, check both, advise; returns the exit code."""
     keys = [word.partition("=")[0] for word in words]
     own = {key: word.partition("=")[2] for key, word in zip(keys, words, strict=True) if key in OWN}
     others = [word for key, word in zip(keys, words, strict=True) if key not in OWN]
@@ -79,7 +79,9 @@ def command(words: Sequence[str]) -> int:
 
 
 def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -> None:
-    """Profile, predict, print, and write costs.json and advice.json (with check=true also check.json) into `folder`.
+    """Profile the machine, or take the costs that `wishes` has. Then predict, and print and write the advice.
+
+    Writes costs.json and advice.json, with check=true also check.json.
 
     Args:
         cfg: Configuration of the run to advise on.
@@ -130,10 +132,17 @@ def advise(cfg: RunConfig, folder: Path, words: Sequence[str], wishes: Wishes) -
 
 
 def plan(cfg: RunConfig, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]], others: Sequence[Drafter]) -> Prepared:
-    """Read the input and plan memory for the candidate that needs most of it.
+    """Read the input and plan memory for the candidate that needs the most.
 
-    That is one with a draft model, if there is one, at the lowest ratio. Raises UserError if it does not fit, or for
-    tensor parallelism.
+    That is a drafter with a draft model, if there is one, at the lowest ratio.
+
+    Args:
+        cfg: Configuration of the run to advise on.
+        trees: Shapes and ratios to predict, by drafter.
+        others: Drafters to measure as they are.
+
+    Raises:
+        UserError: The candidate does not fit into memory, or the target is to be shared by several processes.
     """
     every = [*(registry.build("drafter", name) for name in trees), *others]
     largest = min(every, key=lambda drafter: ("draft", "target", None).index(drafter.model)).name
@@ -156,9 +165,17 @@ def measure(
 ) -> tuple[Costs, list[Candidate], tuple[int, ...], Known]:
     """Measure costs, and acceptance unless it is known.
 
-    trees: shapes and ratios to predict, by drafter; others: drafters to measure as they are.
+    Args:
+        graph: The pair and its options.
+        job: The run, whose memory is planned.
+        wishes: The adviser's own options.
+        trees: Shapes and ratios to predict, by drafter.
+        others: Drafters to measure as they are.
+        limit: Maximum number of new tokens per decode.
+        screen: Shows progress.
 
-    Returns the costs, all candidates, the target's answer of up to `limit` tokens, and the acceptance.
+    Returns:
+        The costs, all candidates, the target's answer, and the acceptance.
     """
     ratios = {name: every for name, (_, every) in trees.items()}
     total = 2 + sum(len(probes(every, name)) for name, every in ratios.items()) + len(others)
@@ -183,14 +200,14 @@ def measure(
 
 
 def ends(ratios: Sequence[float]) -> list[float]:
-    """Choose the ratios to predict for several requests: the lowest, and the one nearest to 0.9."""
+    """Choose the ratios to predict for concurrent requests: the lowest, and the one nearest to 0.9."""
     return sorted({min(ratios), min(ratios, key=lambda ratio: abs(ratio - 0.9))})
 
 
 def crowded(
     screen: RunConsole, costs: Costs, wishes: Wishes, known: Known, trees: dict[str, tuple[tuple[str, ...], tuple[float, ...]]]
 ) -> None:
-    """Show the predicted times of several requests at once, if asked for."""
+    """Show the predicted times of concurrent requests, if the user asked for them."""
     if wishes.requests == 1 or "tree" not in trees:
         return
     shapes, ratios = trees["tree"]
@@ -206,7 +223,7 @@ def alone(graph: DecodingGraph, job: Prepared, limit: int) -> Iterator[Step]:
 
 
 def shaped(name: str, shape: str = "") -> Drafter:
-    """Build a drafter of TREES by name, with the given tree shape; empty: its default shape."""
+    """Build the drafter `tree` or `self` with a tree shape; an empty `shape` leaves its default."""
     return registry.build("drafter", {"name": name} | ({"shape": shape} if shape else {}))
 
 
@@ -219,7 +236,7 @@ def using(graph: DecodingGraph, drafter: Drafter, ratio: float | None = None) ->
 def measured_candidate(graph: DecodingGraph, job: Prepared, drafter: Drafter, limit: int, first_s: float) -> Candidate:
     """Measure a drafter that has no fixed tree shape, at the ratio of the run.
 
-    first_s: seconds to the first token of the target alone, which a drafter without a model does not change.
+    first_s: time to first token of the target alone. Counts for a drafter without a model, which does not change it.
     """
     graph = using(graph, drafter)
     pruned = drafter.model is not None and drafter.own_budget(job.prompt) is None
@@ -265,7 +282,10 @@ def conclude(
 
 
 def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
-    """Choose up to three candidates to check: `best` or else the fastest tree, the median tree, and the slowest."""
+    """Choose up to three candidates to check: `best` (if None, the fastest tree), the median tree and the slowest tree.
+
+    If there are no trees, chooses from all candidates.
+    """
     trees = sorted((c for c in found if c.shape), key=lambda c: c.token_ms) or list(found)
     return list(dict.fromkeys([best or trees[0], trees[len(trees) // 2], trees[-1]]))
 
@@ -273,8 +293,10 @@ def three(found: Sequence[Candidate], best: Candidate | None) -> list[Candidate]
 def check(graph: DecodingGraph, job: Prepared, candidate: Candidate, others: Sequence[Drafter], limit: int) -> dict[str, Any]:
     """Decode with a candidate twice and compare its prediction with the measurement.
 
-    Measured are the lower of the two median times per round and the acceptance of the second decode. Returns
-    [predicted, measured] of each figure, and the relative `error` of the time per token.
+    Measures the acceptance of the second decode, and the lower of the two decodes' median times per round.
+
+    Returns:
+        For each figure, [predicted, measured]; and the relative `error` of the predicted time per token.
     """
     drafter = next((other for other in others if other.name == candidate.drafter), None)
     graph = using(graph, drafter or shaped(candidate.drafter, candidate.shape), candidate.ratio)

@@ -19,8 +19,9 @@ from specvlm.results.records import Named, Share
 from specvlm.results.rows import config_of, summary_of
 from specvlm.types import KeepSet, TreeShape, VideoPrompt
 
-# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens. Used only if no ranks were
-# measured. The embedded pairs have 0.3 without video and 1.2 to 2 with it (three clips each), so 0.7 is cautious.
+# The w best guesses of a drafter miss a share (1 - first) * w ** -SPREAD of the tokens, where `first` is the chance
+# that the best one is right. Used only if no ranks were measured. The embedded pairs have a SPREAD of 0.3 without video
+# and of 1.2 to 2 with it (three clips each), so 0.7 is cautious.
 SPREAD = 0.7
 
 
@@ -41,7 +42,7 @@ class Replay:
     source: str = "measured"
 
     def accepted(self, shape: TreeShape) -> float:
-        """Mean guesses accepted per round of a tree of this shape, without the bonus token."""
+        """Mean number of guesses accepted per round with a tree of this shape, not counting the bonus token."""
         below = [{shape.ranks[child]: child for child in children} for children in shape.children]
         taken: list[int] = []
         at = 0
@@ -69,7 +70,7 @@ class Chances:
     source: str = "assumed"
 
     def accepted(self, shape: TreeShape) -> float:
-        """Expected guesses accepted per round of a tree of this shape, without the bonus token."""
+        """Expected number of guesses accepted per round with a tree of this shape, not counting the bonus token."""
         reach = [1.0]
         for node in range(1, len(shape)):
             first = self.first[min(shape.depths[node], len(self.first)) - 1]
@@ -81,7 +82,13 @@ class Chances:
 
     @classmethod
     def of_depths(cls, shape: TreeShape, by_depth: Sequence[float], source: str) -> Self:
-        """Estimate chances from `acceptance_by_depth` of a run: one per depth from a chain, one for all from a tree."""
+        """Estimate chances from a run: for a chain, one chance per depth; for any other tree, one for all depths.
+
+        Args:
+            shape: Tree shape of the run.
+            by_depth: Its `acceptance_by_depth`.
+            source: Where the chances come from.
+        """
         if len(shape) > shape.depth + 1:
             return cls.of_mean(sum(by_depth), shape, source)
         reached = [1.0, *by_depth]
@@ -121,7 +128,10 @@ Known = dict[tuple[str, float], Replay | Chances]  # by (drafter, ratio); drafte
 
 
 def of_words(text: str) -> Known:
-    """Parse `acceptance=…`: `3.5` or `0:4.8,0.9:4.0` (by ratio) for the paper's tree, or run folders.
+    """Parse the value of `acceptance=…`.
+
+    It has the guesses accepted per round of the tree shape `paper`, as one number (`3.5`, at ratio 0.9) or by ratio
+    (`0:4.8,0.9:4.0`), or it names the folders of earlier runs.
 
     Raises UserError for anything else, or if a run cannot be used.
     """
@@ -169,9 +179,10 @@ def of_run(folder: Path) -> Known:
 
 @torch.inference_mode()
 def of_answer(graph: DecodingGraph, prompt: VideoPrompt, keep: KeepSet, answer: Sequence[int]) -> Replay:
-    """Rank the tokens of the target's own answer, in one draft pass over it after a prefill of the pruned prompt.
+    """Rank each token of the target's own answer among the guesses of the model that drafts.
 
-    A token that the draft does not know gets the largest rank, as if it were never guessed.
+    Costs a prefill of the pruned prompt and one pass over the answer. A token that only the target knows gets the
+    largest rank, as if it were never guessed.
     """
     model = graph.target if graph.drafter.model == "target" else graph.draft
     assert model is not None

@@ -67,14 +67,15 @@ class Start:
 
 
 class Curve:
-    """Cost of a round's forward passes in ms: a constant, and for each pass a cost by rows and one per slot of context.
+    """Fitted cost in ms of a round's forward passes: a constant, and for each pass a cost by rows and one by context.
 
-    The cost by rows is linear between knots; with one knot, it is a constant per pass. Minimises absolute relative
-    errors, so that a single disturbed probe does not bend the curve. A term that would be negative is left out.
+    The cost by rows is linear between knots; with one knot, it is the same for every pass. The cost by context is
+    linear. Minimises absolute relative errors, so that a single disturbed probe does not bend the curve. A term that
+    would be negative is left out.
     """
 
     def __init__(self, passes: Sequence[Sequence[int]], contexts: Sequence[int], ms: Sequence[float], knots: Sequence[int]):
-        """Fit to observations. passes: rows of each pass, per observation; contexts, ms: one each; knots: in rows."""
+        """Fit to measured rounds. passes: per round, the rows of each pass; contexts, ms: per round; knots: in rows."""
         self.knots = np.array(sorted(knots), dtype=float)
         # Whether the data can tell the cost of context, and the constant, from the rest.
         self.varied = len(set(contexts)) > 1, len({len(rows) for rows in passes}) > 1
@@ -85,7 +86,7 @@ class Curve:
             weights = np.maximum(np.abs(relative @ self.costs - 1), 0.01) ** -0.5
 
     def columns(self, rows: Sequence[int], context: int) -> list[float]:
-        """Factors by which the fitted costs count, for passes with these rows over a context."""
+        """Return the factor of each fitted cost, for passes with these rows over a context."""
         by_context, constant = self.varied
         fixed = [float(constant), float(len(rows) * context * by_context)]
         if len(self.knots) == 1:
@@ -127,7 +128,7 @@ class Costs:
         timings: Measured times of a round, by drafter, shape and ratio.
         starts: Measured starts by drafter and ratio.
         machine: Name of the GPU or CPU.
-        shared: Rounds of several requests at once, with `tree` as drafter.
+        shared: Measured rounds of concurrent requests: of the target alone, and with `tree` as drafter.
     """
 
     text: Tokens
@@ -293,7 +294,7 @@ def _profile(
     plain: Sequence[Sequence[Step]],
     decodes: Mapping[tuple[str, str, float], Sequence[Sequence[Sequence[Step]]]],
 ) -> Profile:
-    """Fit the costs. plain: decodes by the target alone; decodes: by (drafter, shape, ratio), a list per repetition."""
+    """Compute costs. plain: decodes by the target alone; decodes: by (drafter, shape, ratio), a list per repetition."""
     video, timings, kept = len(prompt.video_index), [], {}
     # Prefill time depends on whether the target records attention for the pruner, not on the ratio.
     first_s = {False: [_sum(steps[0], FIRST_TOKEN) for steps in plain], True: []}

@@ -12,7 +12,10 @@ from specvlm.types import VideoPrompt
 
 
 def further(graph: DecodingGraph, prompt: VideoPrompt) -> list[str]:
-    """Measure the time to first token of another question, as one line of text. Returns no line if nothing is kept."""
+    """Measure the time to first token of another question about the same video. Returns the result as one line of text.
+
+    Returns no line if the prompt has no video, or an image after it.
+    """
     if not prompt.cut or prompt.text != prompt.cut:
         return []
     graph, tail = replace(graph, prefixes=PrefixStore(2**62)), prompt.tokens[prompt.cut :]

@@ -1,4 +1,4 @@
-"""Predict the times of several requests at once, from rounds measured with some numbers of requests."""
+"""Predict the times of concurrent requests, from rounds measured with a few numbers of requests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from specvlm.types import Step, TreeShape, VideoPrompt
 from specvlm.types.costs import RoundCost, sizes_of_round
 
 COUNTS = (1, 2, 4, 8, 12, 16)  # numbers of requests to predict for
-MEASURED = (1, 2, 4, 8)  # … and to measure, as far as they fit
+MEASURED = (1, 2, 4, 8)  # … and to measure, as far as they fit into memory
 PROBES = ("chain:2", "chain:6")
-ROUNDS, WARM = 10, 3  # of a measurement
+ROUNDS, WARM = 10, 3  # rounds of a measurement, and rounds before them to warm up
 
 
 @dataclass(frozen=True)
 class Load:
-    """Predicted times of several requests at once.
+    """Predicted times of concurrent requests.
 
     Attributes:
         requests: Number of requests.
@@ -51,19 +51,19 @@ class Load:
 
 
 def prices_of(shared: Sequence[RoundCost], ratio: float) -> Prices:
-    """Fit the costs of rounds without a draft and of rounds at the nearest measured ratio."""
+    """Fit prices to the measured rounds without a draft, and to those at the measured ratio nearest to `ratio`."""
     nearest = min((one.ratio for one in shared if one.passes), key=lambda at: abs(at - ratio), default=ratio)
     return Prices(one for one in shared if not one.passes or one.ratio == nearest)
 
 
 def round_ms(prices: Prices, shape: TreeShape, requests: int) -> float:
-    """Predict the time of a round of requests with this tree."""
+    """Predict the ms of a round that `requests` requests share, each with a tree of this shape."""
     passes, rows, draft_rows = sizes_of_round(shape)
     return prices.round_ms(requests, rows * requests, passes, draft_rows * requests)
 
 
 def loads(costs: Costs, known: Known, shapes: Sequence[str], ratios: Sequence[float], most: int) -> list[Load]:
-    """Predict the target alone, and the best tree of each ratio, for up to `most` requests."""
+    """Predict the times of the target alone and of the best tree at each ratio, for the COUNTS up to `most`."""
     found = list[Load]()
     prices = {ratio: prices_of(costs.shared, ratio) for ratio in ratios}
     trees = {shape: TreeShape.parse(shape) for shape in shapes}
@@ -96,7 +96,10 @@ def verdict(found: Sequence[Load]) -> str:
 
 
 def measure(graph: DecodingGraph, prompt: VideoPrompt, ratios: Sequence[float], most: int) -> Iterator[RoundCost]:
-    """Measure rounds of several equal requests, by the target alone and with `tree`. Skips counts that do not fit."""
+    """Measure rounds that several equal requests share, by the target alone and with `tree`.
+
+    Measures the numbers of requests in MEASURED up to `most`, and ends early if their caches do not fit into memory.
+    """
     options = replace(graph.options, max_new_tokens=(ROUNDS + WARM + 2) * 7, stop_ids=frozenset(), stop=(), record=False)
     models = [model for model in (graph.target, graph.draft) if model is not None]
     widest = _with(graph, PROBES[-1])

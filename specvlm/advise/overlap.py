@@ -1,4 +1,8 @@
-"""Predict rounds of `overlap`, whose draft works during the check, from separate costs of drafting and checking."""
+"""Predict rounds of the drafter `overlap` from separate costs of drafting and checking.
+
+It drafts the next tree while the target checks the current one. Such a draft pass is called a pass ahead. The outcome
+of a check is the last accepted node and the target's next token; a hit is an outcome that the draft has guessed.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,9 @@ class Overlapped:
     Attributes:
         draft_pass: Milliseconds of a draft pass.
         check: Milliseconds of a check.
-        alone: Milliseconds of a target's pass of one row. A pass ahead has about as many rows as a check, so it takes
-            longer than a pass of the tree in the same proportion. 0: it takes no longer.
-        host: Milliseconds of a round that are neither.
+        alone: Milliseconds of the target's pass over one row. A pass ahead has about as many rows as a check, so it is
+            taken to be slower than another draft pass by the same factor, check / alone. 0: it is as fast.
+        host: Milliseconds of a round that are spent on neither drafting nor checking.
     """
 
     draft_pass: float
@@ -33,7 +37,7 @@ class Overlapped:
 
     @property
     def pass_ahead(self) -> float:
-        """Milliseconds of a draft pass during the check."""
+        """Milliseconds of a pass ahead."""
         return self.draft_pass * (max(1.0, self.check / self.alone) if self.alone else 1.0)
 
     def outcome_ms(self, levels: int, first: int | None) -> float:
@@ -41,16 +45,21 @@ class Overlapped:
 
         Args:
             levels: Levels of the tree, with one draft pass each.
-            first: Number of the pass ahead that feeds the outcome's root: 0, or 1 after a leaf. None: it was not
-                guessed.
+            first: Index of the pass ahead that runs the root of the next tree: 0, or 1 if the last accepted node is a
+                leaf. None: the outcome was not guessed.
         """
-        # A pass that runs when the verdict arrives is waited for; all of them are levels + 1.
+        # At most levels + 1 passes run ahead. If one still runs when the verdict arrives, the round waits for its end.
         passes = min(levels + 1, max(1, ceil(self.check / self.pass_ahead)))
         ready = 0 if first is None else min(levels, max(0, passes - first))
         return self.host + max(self.check, passes * self.pass_ahead) + (levels - ready) * self.draft_pass
 
     def floor_ms(self, levels: int, full: float) -> float:
-        """Return the least time of a round whose outcome is always guessed: the longer of its check and its draft passes."""
+        """Return the least mean time of a round if all rounds are hits: the longer of the check and the draft passes.
+
+        Args:
+            levels: Levels of the tree.
+            full: Share of rounds that accept a leaf.
+        """
         return max((levels + full) * self.draft_pass, self.check)
 
     def round_ms(self, levels: int, hits: float, full: float) -> float:
@@ -66,9 +75,17 @@ class Overlapped:
 
 
 def outcomes(ranks: Sequence[int], shape: TreeShape, corrections: int = CORRECTIONS) -> tuple[float, float]:
-    """Replay measured ranks (see `Replay`). Returns the share of rounds that are hits, and of those that accept a leaf.
+    """Replay measured ranks, as `Replay` does.
 
-    All corrections of all nodes count as guessed, so for trees of many nodes the share is an upper bound.
+    Takes all corrections of all nodes to be guessed, so for trees of many nodes the share of hits is an upper bound.
+
+    Args:
+        ranks: As in `Replay`.
+        shape: Shape of the tree.
+        corrections: Tokens that `overlap` guesses at each node besides the node's children.
+
+    Returns:
+        The share of rounds that are hits, and the share of rounds that accept a leaf.
     """
     below = [{shape.ranks[child]: child for child in children} for children in shape.children]
     at, rounds, hits, full = 0, 0, 0, 0
@@ -84,12 +101,12 @@ def outcomes(ranks: Sequence[int], shape: TreeShape, corrections: int = CORRECTI
 
 
 def overlapped(found: Sequence[Candidate], known: Known, alone_ms: float) -> list[Candidate]:
-    """Predict `overlap` with the shapes of `tree` among the candidates, for a draft on a device of its own.
+    """Predict, for each candidate of `tree`, one of `overlap` with the same shape and ratio.
 
     Args:
-        found: Candidates.
-        known: What is known of their acceptance.
-        alone_ms: Milliseconds of a target's pass of one row.
+        found: Candidates. Those of other drafters are ignored.
+        known: Acceptance by drafter and ratio.
+        alone_ms: Milliseconds of the target's pass over one row.
     """
     more = []
     for one in found:

@@ -39,7 +39,7 @@ def show(screen: RunConsole, costs: Costs, found: Sequence[Candidate], tokens: i
 
 
 def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
-    """Print the predicted times of several requests at once."""
+    """Print the predicted times of concurrent requests."""
     alone = {load.requests: load.token_ms for load in found if load.ratio is None}
     rows = []
     for load in found:
@@ -53,7 +53,7 @@ def show_loads(screen: RunConsole, found: Sequence[Load]) -> None:
 
 
 def show_check(screen: RunConsole, checked: Sequence[dict[str, Any]]) -> None:
-    """Print predicted and measured times and acceptance of the checked candidates. checked: from `check`."""
+    """Print predicted and measured times and acceptance. checked: a result of the adviser's `check` per candidate."""
     names = ("predicted / measured", "ms per round", "accepted", "ms per token", "error")
     rows = [
         (

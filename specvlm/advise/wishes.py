@@ -37,7 +37,7 @@ REQUESTS = Within(1, 16)  # of requests=…
 class Wishes:
     """Checked values of the adviser's own options (OWN).
 
-    known: Acceptance by drafter and ratio; empty: measure it. costs: Those of an earlier profile; None: measure them.
+    known: Acceptance by drafter and ratio; measured if empty. costs: Costs of an earlier profile; measured if None.
     """
 
     drafters: tuple[str, ...]
@@ -93,7 +93,7 @@ class Wishes:
     def others(self, cfg: RunConfig) -> list[Drafter]:
         """Build the requested drafters that are not in TREES: the run's own as configured, others with their defaults.
 
-        Without `draft.device`, `overlap` drafts as `tree` does.
+        Leaves out `overlap` if `draft.device` is not set, since it then drafts as `tree` does.
         """
         names = [name for name in self.drafters if name not in TREES and (name != "overlap" or cfg.draft.device)]
         return [registry.build("drafter", cfg.drafter if cfg.drafter.name == name else name) for name in names]

@@ -45,7 +45,7 @@ class Baseline:
     Attributes:
         tokens: Token ids, including the stop id.
         times_s: Seconds by part, as in `Step.times_s`, over all steps.
-        key: Name of its file in `Baselines`, without the suffix; empty in a run of one video, which keeps none.
+        key: Name of its file in `Baselines`, without the suffix; empty in a run of one video, which has no such file.
     """
 
     tokens: list[int]

@@ -1,4 +1,4 @@
-"""Shared by all command lines: report errors and turn them into exit codes, and exit a failed rank at once."""
+"""What all command lines share: report errors, turn them into exit codes, and end a failed rank without cleanup."""
 
 import os
 import sys
@@ -14,12 +14,13 @@ from specvlm.app.terminal import loading
 from specvlm.errors import ExitCode, JobFailed, Told, UserError, message, visible
 from specvlm.parallel import torchrun
 
-# Seconds that other ranks wait before they exit, so that rank 0 can report: torchrun ends all ranks when one fails.
+# Seconds that a failed rank other than 0 waits before it exits. torchrun ends all ranks when one fails, so this leaves
+# rank 0 the time to report the error.
 AFTER_YOU_S = 5.0
 
 
 def guarded(action: Callable[[], int], full: bool | None = None) -> int:
-    """Call `action` and return its exit code, or handle its exception as `tell` does. Ctrl-C and SystemExit pass.
+    """Call `action` and return its exit code. Handles its exceptions as `tell` does, but not Ctrl-C and SystemExit.
 
     Args:
         action: Returns an exit code.
@@ -109,7 +110,7 @@ def print_lines(parser: ArgumentParser, words: Sequence[str] | None, made: Calla
 
 
 def leave(action: Callable[[], int]) -> NoReturn:
-    """Exit the process with the code that `action` returns. One of several ranks skips all cleanup if it failed."""
+    """Exit the process with the code that `action` returns. If it failed on one of several ranks, skips all cleanup."""
     try:
         code = action()
     except SystemExit as err:  # raised by rich if the reader of a pipe is gone

@@ -32,7 +32,7 @@ OWN_SAMPLE = ("video", "image", "question")  # keys of a run without a data set
 MOST_JOBS = 1000  # most jobs of a sweep
 
 
-# The table of strategies that Hydra knows, in a list that is changed in place: `integrity` undoes assigning to globals.
+# The table of strategies that Hydra knows. A list changed in place, since `integrity` undoes assignments to globals.
 _registered: list[object] = []
 
 
@@ -208,7 +208,7 @@ def is_basic(plugin: DictConfig) -> bool:
 
 
 def job_of(cfg: DictConfig, sweep: bool) -> Job:
-    """Check a composed configuration and name its folders. Raises UserError if it cannot run."""
+    """Check a composed configuration and make its job. Raises UserError if it cannot run."""
     words = list(cfg.hydra.overrides.task)
     sampled = OmegaConf.select(cfg, "dataset") is not None
     place = _subdir(cfg, sampled) if sweep else None
@@ -232,7 +232,7 @@ def job_of(cfg: DictConfig, sweep: bool) -> Job:
 
 
 def frozen(cfg: DictConfig) -> RunConfig:
-    """Return a composed configuration without Hydra's own part. Raises UserError if a key or value is wrong."""
+    """Check a composed configuration, and return it without Hydra's own part. Raises UserError if it is wrong."""
     for key in map(str, cfg):
         if key not in (*config.KEYS, "hydra"):
             raise UserError(f'there is no key "{key}"; choose from {", ".join(config.NAMES)}.{did_you_mean(key, config.NAMES)}')
@@ -256,7 +256,7 @@ def frozen(cfg: DictConfig) -> RunConfig:
 
 
 def _refuse_own_sample(words: Sequence[str], dataset: str) -> None:
-    """Raise UserError if an override sets `video` or `question` although there is a data set. Defaults do not count."""
+    """Raise UserError if an override sets a key of OWN_SAMPLE although there is a data set. Defaults do not count."""
     for word in words:
         key = word.lstrip("+").partition("=")[0]
         if key in OWN_SAMPLE:
@@ -280,7 +280,10 @@ def _refuse_shared(found: Sequence[Job]) -> None:
 
 
 def _subdir(cfg: DictConfig, sampled: bool) -> str | None:
-    """Folder of a job in the sweep's. If its name needs the job's number: None, or UserError for a job over samples."""
+    """Return the folder of a job, relative to the sweep's; None if its name has the job's number, not known yet.
+
+    Raises UserError if the name of a job over samples has a number.
+    """
     try:
         return str(cfg.hydra.sweep.subdir)
     except OmegaConfBaseException as err:

@@ -173,7 +173,7 @@ class RunConsole:
         self.console.print(styled((name, "bold"), f"{part}: {total} samples{before}"))
 
     def sample(self, label: str, count: str, row: Mapping[str, Any], left: str) -> None:
-        """Print one line for a finished sample. label: the job's label; count: such as "3/10"; left: from `left`."""
+        """Print one line for a finished sample. label: the job's; count: such as "3/10"; left: see `left`."""
         label = f"{label} " if label else ""
         self.console.print(styled((count, "dim"), f" {row['sample']} ", (label, "dim"), *outcome(row), (left, "dim")))
 

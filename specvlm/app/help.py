@@ -37,7 +37,7 @@ specvlm: lossless speculative decoding for video LLMs
   specvlm -m KEY=VALUE,VALUE …    a sweep: a job for every combination
   specvlm --help GROUP …          one group in full, such as pruner or target
   specvlm --cfg job KEY=VALUE …   show what would run
-  specvlm --version               Hydra's own options: --hydra-help
+  specvlm --version               the version; Hydra's own options: --hydra-help
 
   specvlm pruner=two_stage ratio=0.9                the embedded pair and clip
   specvlm video=FILE question="What happens?"       any video
@@ -73,7 +73,7 @@ def show(words: Sequence[str]) -> None:
 def whole() -> Iterator[tuple[str, Entries]]:
     """Yield title and entries of every section of the whole help.
 
-    Lists built-in strategies without their keys, and of plugins only package and version: more would import torch.
+    Lists built-in strategies without their keys, and only package and version of plugins: more would import torch.
     """
     for kind, what in KINDS.items():
         yield f"{kind}=NAME: {what} (more: --help {kind})", [*_at_a_glance(kind), *_presets(kind)]
@@ -105,9 +105,9 @@ def _at_a_glance(kind: str) -> Entries:
 
 
 def _families() -> Entries:
-    """Built-in model families with the first line of their docstring, and those of packages of this repository.
+    """List the built-in model families with their summaries, then the families in packages of this repository.
 
-    Parsed from files without importing them. A package that is not installed comes with the command that installs it.
+    Parses files instead of importing them. A package that is not installed is listed with the command that installs it.
     """
     home = Path(__file__).parents[1] / "models"
     text, found = (home / "families.py").read_text(encoding="utf-8"), []
@@ -125,7 +125,7 @@ def _families() -> Entries:
 def _strategies(kind: str) -> Iterator[tuple[str, str]]:
     """Yield name and description of each strategy of a kind, followed by one indented entry per key.
 
-    Yields nothing for other groups. Imports torch for a strategy.
+    Yields nothing for a group that is not a kind of strategy; else imports torch.
     """
     if kind not in KINDS:
         return

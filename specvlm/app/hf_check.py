@@ -117,7 +117,7 @@ class ReferenceModel:
 
     @classmethod
     def of(cls, setup: Setup) -> ReferenceModel:
-        """Load the setup's target. Raises UserError if that fails, OutOfMemory if it does not fit."""
+        """Load the setup's target. Raises UserError if it cannot be loaded, OutOfMemory if memory runs out."""
         places = setup.places
         with room(setup):
             folder = folder_of(model_folder(setup.cfg.target.path), weights=True)
@@ -157,7 +157,7 @@ class ReferenceModel:
     def _differences(
         self, prompt: VideoPrompt, output: Sequence[int], penalty: float, known: Sequence[int] = ()
     ) -> tuple[Difference, ...]:
-        """Compare the output with the argmaxes of a pass over prompt and output. known: the first argmaxes, if any."""
+        """Compare the output with the argmaxes of a pass over it. known: argmaxes of the first tokens, if known."""
         config, ulp = self.hf.config, torch.finfo(self.hf.dtype).eps  # rounding of two logits, relative to the larger
         if {*self.family.slots(config)} & set(output[:-1]):
             raise UserError("the answer contains a video placeholder token, which a pass over it cannot read")
@@ -245,7 +245,7 @@ def perturbation(hf: Any) -> Iterator[None]:
 
 @contextmanager
 def room(setup: Setup) -> Iterator[None]:
-    """Turn torch's errors that mean out of memory into OutOfMemory."""
+    """Turn an error of torch into OutOfMemory if it means that memory ran out."""
     try:
         yield
     except RuntimeError as error:

@@ -41,8 +41,8 @@ class Job:
     A sample that fails gets a row with the reason. Raises errors that concern every sample, such as weights that cannot
     be loaded, and under torchrun also an error while decoding.
 
-    folder: None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
-    cfg.baselines names another. held: loaded models. label, group: names of job and sweep. tracking: mirror, or None.
+    folder: the job's; None on a rank that writes nothing. above: the sweep's folder, which keeps the baselines unless
+    cfg.baselines is set. held: loaded models. label, group: names of job and sweep. tracking: None for no tracker.
     """
 
     quiet = True  # no progress bars, since several jobs share the screen
@@ -274,11 +274,11 @@ class Job:
                 self._note(step.keep.note)
 
     def _warm_up(self, way: str, steps: Iterator[Step], request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-        """Warm up by the first of `steps`, unless an earlier warm-up is still valid. way: "drafted" or "alone".
+        """Warm up with the first few of `steps`, unless an earlier warm-up is still valid. way: "drafted" or "alone".
 
-        An earlier one is void if this request needs larger caches, or if captured graphs have lost the caches they were
-        captured with, to another job or a comparison of outputs. A warm-up by another job of this process counts if
-        models, options and strategies are the same. All ranks warm up if one needs to: only rank 0 may hold a draft.
+        It is not if this request needs larger caches, or if another job or a comparison of outputs has replaced the
+        caches that graphs were captured with. A warm-up by another job of this process counts if models, options and
+        strategies are the same. All ranks warm up if one needs to, since rank 0 may be the only one with a draft.
         """
         most, _ = sizes_of(self.setup.drafter)
         slots = pooled(len(request.prompt) + self.cfg.max_new_tokens + most)
@@ -291,7 +291,7 @@ class Job:
             self.held.warm[what] = (slots, graph.caches.changes)
 
     def _decoded_by(self, graph: DecodingGraph, drafted: bool) -> tuple[Hashable, ...]:
-        """Part of a warm-up's key: what decodes. A job with a plugin shares no warm-up: it may depend on anything."""
+        """Return what decodes, for a warm-up's key. A job with a plugin, which may read anything, shares no warm-up."""
         if not drafted:
             return repr(graph.sampling), graph.options.repetition_penalty
         strategies = (graph.pruner, graph.drafter, graph.verifier)
@@ -337,7 +337,7 @@ class Job:
                 torch.zeros(1, device=device).item()
 
     def _summarize(self, folder: Path) -> dict[str, Any]:
-        """Write and return the totals. Repeats until no row is new, since several shards may end at once."""
+        """Write and return the totals. Repeats until no row is new, since several shards may end together."""
         seen, found = -1, dict[str, Any]()
         with writable(folder):
             while seen != len(rows := [row for row in rows_of(folder) if row["sample"] in self.ids]):

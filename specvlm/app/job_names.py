@@ -20,8 +20,8 @@ def _subdir(*, _root_: DictConfig) -> str:
     """Name the folder of a job of a sweep.
 
     The name of a job over samples has no number, so that a later sweep and other shards reach the same folder. The name
-    of a run of one video begins with its number in the sweep: `exclude_keys` in conf/config.yaml leaves texts and paths
-    out of it, so two names could be equal.
+    of a run of one video begins with its number in the sweep. Without it two names could be equal, since they leave out
+    texts and paths (`exclude_keys` in conf/config.yaml).
     """
     if OmegaConf.select(_root_, "dataset") is None:
         return f"{_root_.hydra.job.num}_{_root_.hydra.job.override_dirname}"

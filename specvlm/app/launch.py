@@ -39,7 +39,7 @@ class Call:
 
     Args:
         folder: Folder of the run or the sweep.
-        key: Key that would set this folder, named in a message; empty if the user set it.
+        key: Key with which the user could set this folder; empty if the user has set it.
         guarded: Calls a function and turns its errors into an exit code.
         tell: Reports an error and returns its exit code.
     """

@@ -52,7 +52,7 @@ class ModelCache:
         self.release_memory()
 
     def release_memory(self) -> None:
-        """Drop everything but the models, for example after a request that ran out of memory."""
+        """Drop KV caches, kept prompts and engines but no models, for example after a request ran out of memory."""
         self.caches.empty()
         self.prefixes = None
         self.engines: dict[Hashable, Engine] = {}
@@ -67,9 +67,9 @@ class ModelCache:
         return _key(setup, "target")
 
     def plan(self, setup: Setup, reading: Reading) -> Prepared:
-        """Plan the memory of a request. If the plan does not fit, drop models that the request does not use and retry.
+        """Plan the memory of a request. If memory does not suffice, drop models that it does not use and plan again.
 
-        Raises UserError if the second plan does not fit either.
+        Raises UserError if it still does not suffice.
         """
         target, draft = (_key(setup, side) for side in ("target", "draft"))
         if target not in self.models:
@@ -84,7 +84,7 @@ class ModelCache:
             return plan(setup, reading, self._reusable(setup, (target, draft)), self.layers)
 
     def _reusable(self, setup: Setup, keys: tuple[Hashable, ...]) -> dict[torch.device, int]:
-        """Bytes per device of all caches, and of the held models with these keys, which the request uses again."""
+        """Return, per device, the bytes that a request uses again: models with these keys, all caches, kept prompts."""
         mine = [self.models[key] for key in keys if key in self.models]
         kept = 0 if self.prefixes is None else self.prefixes.shelf.nbytes() // len(setup.places.target)
         kept_on = {d: kept if d in setup.places.target else 0 for d in setup.places.devices}
@@ -95,9 +95,12 @@ class ModelCache:
     def graph(self, request: Prepared, ranks: ProcessGroup = SINGLE, owner: object = None) -> DecodingGraph:
         """Build the graph of a request, loading the models that are not held.
 
-        owner: The job. Prompts that another job has kept are dropped, since they would make this one faster.
-
         If only rank 0 holds the draft, it is a skeleton (a model without weights) on the other ranks.
+
+        Args:
+            request: The request, from `plan`.
+            ranks: The ranks that share the target.
+            owner: The job. Prompts that another job has kept are dropped, since they would make this one faster.
         """
         self._restore_shared_state()
         cfg, places, progress = request.cfg, request.places, ranks.rank == 0

@@ -60,7 +60,7 @@ class Setup:
     kinds: dict[str, str | None]
 
     def graph(self) -> DecodingGraph:
-        """Build a graph of skeletons, to compute budgets. Raises UserError if the pruner does not fit the target."""
+        """Build a graph of skeletons, to plan memory. Raises UserError if the pruner reads a layer the target lacks."""
         return DecodingGraph(self.target, self.draft, self.pruner, self.drafter, self.verifier, self.options)
 
     @property
@@ -151,7 +151,7 @@ def check_reference(cfg: RunConfig, target: VideoLM, kind: str | None) -> None:
 
 
 def own_sample(cfg: RunConfig) -> Sample:
-    """Sample of a run without a data set: the videos, images and question of its configuration."""
+    """Make the sample of a run without a data set, from the videos, images and question of its configuration."""
     video, *more = map(find_clip, listed(cfg.video))
     asked = getattr(cfg, "image", None)  # an older folder's configuration has no such key
     images = () if asked is None else tuple(map(home, listed(asked)))
@@ -161,8 +161,14 @@ def own_sample(cfg: RunConfig) -> Sample:
 def read(setup: Setup, sample: Sample, known: KnownVideos | None = None) -> Reading:
     """Read the videos and images and make the prompt.
 
-    known: Files whose videos are known and need not be decoded again. Raises MissingVideo if a video is missing,
-    UserError if a video or an image cannot be used.
+    Args:
+        setup: The checked configuration.
+        sample: The sample.
+        known: Videos read earlier, whose files need not be decoded again. Not used if prompts are not kept.
+
+    Raises:
+        MissingVideo: A video is missing.
+        UserError: A video or an image cannot be used.
     """
     check_question(sample.question)
     start = perf_counter()
@@ -180,7 +186,7 @@ def read(setup: Setup, sample: Sample, known: KnownVideos | None = None) -> Read
 
 
 def processed(setup: Setup, sample: Sample, known: KnownVideos | None) -> Processed:
-    """Read and preprocess a sample's video, unless it is known. Raises what `read` raises."""
+    """Return a sample's video, preprocessed. Reads it unless `known` has it. Raises what `read` raises."""
     cfg, target, video = setup.cfg, setup.target, sample.video
     sample_frames = partial(frames_of, cfg, target, sample)
     if known is None or not isinstance(video, Path):
@@ -196,7 +202,7 @@ def keeps_prompts(cfg: RunConfig, places: Placement) -> bool:
 
 
 def kept_bytes(cfg: RunConfig, places: Placement, left: Mapping[torch.device, int]) -> dict[torch.device, int]:
-    """Return the bytes that kept prompts may take on each device. left: Bytes that nothing else needs."""
+    """Return the bytes that kept prompts may take on each device. left: bytes per device that nothing else needs."""
     if not keeps_prompts(cfg, places):
         return {}
     devices = list(dict.fromkeys(places.target))
@@ -231,7 +237,7 @@ def check_name(path: Path) -> None:
 
 
 def frames_of(cfg: RunConfig, target: VideoLM, sample: Sample) -> Clip:
-    """Read the frames that the target sees of the sample's video. Raises what `read` raises."""
+    """Read those frames of the sample's video that the target sees. Raises what `read` raises."""
     with inside(f"dataset={cfg.dataset.name}" if cfg.dataset else "video"):
         source = sample.video() if callable(sample.video) else sample.video
     if isinstance(source, Path):

@@ -16,7 +16,7 @@ PATH_KEYS = (*LIST_KEYS, "target.path", "draft.path", "baselines", "dataset.root
 LISTED = re.compile(r"\[([^\[\]]*)\]")
 LISTS = re.compile(rf"{LISTED.pattern}(,{LISTED.pattern})*")  # one list, or those of a sweep
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # output folder of a run, and of a sweep
-AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # ~ is expanded here: after = shells leave it alone, Hydra cannot read it
+AT_HOME = (*FOLDERS, "baselines", "dataset.root")  # ~ is expanded here: shells do not after "=", Hydra cannot read it
 
 
 def quoted(words: Sequence[str], sweep: bool) -> list[str]:

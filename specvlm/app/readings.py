@@ -44,7 +44,7 @@ class Readings(AbstractContextManager["Readings"]):
         return self._held[key]
 
     def begin(self, key: Hashable, read: Read, count: int | None) -> None:
-        """Start to read `key` in the background. count: torch threads to use there; None for torch's own choice."""
+        """Start to read `key` in the background, with `count` torch threads; None: as many as when this was created."""
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._drop(self._ahead)
@@ -63,6 +63,6 @@ class Readings(AbstractContextManager["Readings"]):
 
     @staticmethod
     def _drop(begun: tuple[Hashable, Future[Reading]] | None) -> None:
-        """Discard a reading that is no longer wanted, as when its job has failed. Waits for a read in progress."""
+        """Discard a reading that is no longer wanted, such as that of a failed job. Waits for a read in progress."""
         if begun is not None and not begun[1].cancel():
             wait([begun[1]])

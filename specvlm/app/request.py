@@ -34,7 +34,7 @@ class RequestResult:
         out_of_memory: The stage in which memory ran out, or None.
         peak_bytes: Peak memory in bytes, once measured.
         captured_s: Seconds that the engine had spent on capturing before this request.
-        known: Steps of the request, if it was decoded with others.
+        known: Steps of the request, if it was decoded together with others.
         save: Saves the work done before memory ran out and returns a note for the message. By default it saves nothing.
     """
 
@@ -49,7 +49,10 @@ class RequestResult:
 
 
 def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> None:
-    """Reserve the target's cache for both decodes, so that captured graphs stay valid, and reset the peak memory."""
+    """Reserve the target's cache and reset the peak memory.
+
+    The cache is large enough for decoding with and without the drafter, so that graphs captured for it stay valid.
+    """
     record.stage = "warming up"
     most = request.cfg.max_new_tokens + sizes_of(graph.drafter)[0]
     graph.caches.reserve("target", graph.target, len(request.prompt) + most)
@@ -58,9 +61,9 @@ def begin(request: Prepared, graph: DecodingGraph, record: RequestResult) -> Non
 
 
 def warm_up(steps: Iterator[Step], record: RequestResult, graph: DecodingGraph) -> None:
-    """Run the first three steps of a full-length request, to grow caches and capture graphs for the real one.
+    """Run the first three steps of a full-length request, so that caches grow and graphs are captured untimed.
 
-    It keeps no prompts, since they would make the real one faster.
+    Keeps no prompt, since that would make the timed request that follows faster.
     """
     record.stage = "warming up"
     with frozen(graph):
@@ -96,7 +99,7 @@ def alone(request: Prepared, graph: DecodingGraph) -> Iterator[Step]:
 
 
 def frozen(graph: DecodingGraph) -> AbstractContextManager[None]:
-    """Keep requests from adding to the graph's kept prompts."""
+    """Keep requests from adding to the graph's kept prompts, for the length of a block."""
     return nullcontext() if graph.prefixes is None else graph.prefixes.frozen()
 
 

@@ -11,7 +11,7 @@ from specvlm.strategies import Dataset, Sample
 from specvlm.strategies.fence import inside
 from specvlm.strategies.registry import described
 
-QUESTIONS = 8  # questions about one video that a job answers in a row, even if its turn is shorter
+QUESTIONS = 8  # up to this many questions about one video are answered in a row, even if a job's turn is shorter
 
 
 def unique(dataset: Dataset) -> Sequence[Sample]:

@@ -1,4 +1,7 @@
-"""Keep skeletons from job to job: tokenizers and modules of large models take seconds to make, and a sweep has many jobs."""
+"""Keep skeletons (models without weights) from one job to the next.
+
+The tokenizer and the modules of a large model take seconds to make, and a sweep has many jobs.
+"""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -16,9 +19,11 @@ _MADE: OrderedDict[Hashable, VideoLM] = OrderedDict()
 
 
 def skeleton_of(folder: Path, mrope: str, shared: bool) -> VideoLM:
-    """Return the skeleton of a checkpoint folder, the one of an earlier job if no file has changed since.
+    """Return the skeleton of a checkpoint folder. Returns an earlier job's if no file has changed since.
 
-    shared: False makes one that no other job has or will have, for code that may change it. Raises UserError as `skeleton`.
+    shared: Whether other jobs may get the same one. False makes a new one, for code that may change it.
+
+    Raises UserError as `skeleton` does.
     """
     if not shared or not (folder / "config.json").is_file():
         return skeleton(folder, mrope)

@@ -35,7 +35,7 @@ FATAL = (JobFailed, CannotWrite, Taken, BrokenPipeError)  # errors that end the 
 
 
 class Sweep:
-    """The jobs that Hydra starts. Jobs over samples wait for `finish` if `together` is set; else each runs at `add`.
+    """The jobs that Hydra starts. `add` runs a job over samples; if `together` is set, the job waits for `finish`.
 
     Runs of one video are only listed here, for the table.
 
@@ -232,7 +232,7 @@ def take_turns(jobs: Sequence[Job], turn: int, tell: Callable[[Exception], int])
 
 
 def schedule(jobs: Sequence[Job], turn: int) -> list[Task]:
-    """Order the samples of all jobs. turn: samples that a job answers before the next one's turn.
+    """Order the samples of all jobs. turn: number of samples that a job answers before it is the next job's turn.
 
     Questions about one video follow each other, and a turn ends with a video (`samples.windows`). The order of jobs
     rotates by one after each turn, so that no job is always first. The order depends only on the data set, so it is the

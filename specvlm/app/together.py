@@ -1,4 +1,4 @@
-"""A job that decodes several samples at once: `batch=8`."""
+"""A job that decodes several samples at the same time: `batch=8`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Decoded:
 
 
 class BatchJob(Job):
-    """Decodes up to `cfg.batch` samples at once, then compares, scores and writes each as a `Job` does.
+    """Decodes up to `cfg.batch` samples at the same time, then compares, scores and writes each as a `Job` does.
 
     Baselines are decoded one after another, since their speed is that of one request. A sample that runs out of memory
     beside others is decoded again alone. If a strategy changes something that others use, all are decoded again alone,
@@ -57,7 +57,7 @@ class BatchJob(Job):
         return super().read(index) if known is None else lambda: known.reading
 
     def _decode_from(self, index: int, readings: Readings) -> None:
-        """Decode a sample and those that come after it in this job."""
+        """Decode a sample together with the next ones of this job, up to `cfg.batch` in all."""
         requests: dict[int, tuple[Reading, Prepared]] = {}
         order = [each for window in windows(self.samples, self.cfg.turn) for each in window if each in self.todo]
         chosen = order[order.index(index) :][: self.cfg.batch]
@@ -100,7 +100,7 @@ class BatchJob(Job):
 
 
 def decoded_together(graph: DecodingGraph, requests: dict[int, Prepared]) -> dict[int, Ticket]:
-    """Decode requests at the same time, as many as fit into memory, and return their ended tickets."""
+    """Decode requests, at any time as many as fit into memory, and return their ended tickets by index."""
     sizes = {index: cache_bytes(graph, request.prompt) for index, request in requests.items()}
     first = next(iter(requests.values()))
     scheduler = Scheduler(graph.engine, room=max(room_beside(first, graph), *sizes.values()))

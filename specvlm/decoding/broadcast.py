@@ -13,7 +13,7 @@ from specvlm.types import DraftTree, Verdict
 
 
 class BroadcastSession(DraftSession):
-    """Session that proposes rank 0's trees on every rank. Only on rank 0 does it wrap a session of the drafter."""
+    """Session that proposes rank 0's trees on every rank. Rank 0 has the drafter's session, the others have none."""
 
     def __init__(self, drafter: Drafter, session: DraftSession | None, ctx: DraftContext) -> None:
         self.session, self.ranks, self.device = session, ctx.target.ranks, ctx.target.device

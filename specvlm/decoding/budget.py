@@ -1,9 +1,9 @@
-"""Choose how much requests guess: tree shapes for each round that give the most tokens per millisecond.
+"""Choose how many tokens requests guess: for each round, the tree shape that gives the most tokens per millisecond.
 
-Requests that run at the same time share a round: the target's pass over all their rows, and a draft pass for each
-level. All get the shape with the most expected tokens per ms of the round (products of acceptance along each path,
-summed). If shapes are not captured, a request that accepts less may get a smaller one, whose last rows are still worth
-their cost at that rate.
+Requests that run at the same time share a round: one pass of the target over all their rows, and one draft pass per
+level of a tree. All get the shape with the highest rate, the expected number of tokens per ms of the round. A guess is
+expected to be accepted with the product of the chances along its path. If the engine does not capture shapes, a request
+that accepts less may get a smaller shape: the chain that gains most over what its rows cost at the round's rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from specvlm.models.video_lm import VideoLM
 
 # All constants of the decision.
-ROWS = 128  # most rows of a pass of the target that several trees may fill: captured passes have no more
+ROWS = 128  # most rows that several trees together may have in a pass of the target: captured passes have no more
 FIRST, WEIGHT = 0.7, 8.0  # prior acceptance, and the number of guesses that it counts as
 FORGETS, POOL_FORGETS = 0.97, 0.995  # decay of older verdicts with each new one: per request, and for all requests of a pair
 REVIEW = 8  # rounds of the same requests until their shape is chosen again
@@ -38,12 +38,12 @@ BETTER = 1.05  # a shape replaces the last one if its rate is higher by this fac
 TRIALS = ("chain:4", "chain:2", "chain:4")  # shapes of a pair's first rounds, different enough to measure the costs
 STEADY = tuple(
     shape for shape in shapes_for(captured=True) if len(shape) == shape.depth + 1
-)  # of `Share.steady`: on all engines
-RETRY = 48  # rounds without guesses until a round tries some
+)  # shapes of requests with `Share.steady`: chains that all engines allow
+RETRY = 48  # after this many rounds without guesses, a round tries some
 
 
 class Acceptance:
-    """Chance that the best guess at each depth is right if those above are: Beta counts of verdicts.
+    """Estimates the chance that the best guess at each depth is right if those above it are: Beta counts of verdicts.
 
     Args:
         prior: The prior: acceptance of the pair's requests so far. None: FIRST for depth 1, and for each greater depth
@@ -57,7 +57,7 @@ class Acceptance:
         self._tokens: dict[TreeShape, float] = {}
 
     def saw(self, tree: DraftTree, path: tuple[int, ...]) -> None:
-        """Add a verdict."""
+        """Count a verdict. path: accepted nodes of the tree, root first."""
         self._tokens.clear()
         self.right, self.tried = ([self.forgets * count for count in counts] for counts in (self.right, self.tried))
         below, following = children_of(tree.parents), (*path[1:], -1)
@@ -88,15 +88,16 @@ class Acceptance:
 
 @dataclass(eq=False)
 class Share:
-    """A running request, for the budget of its rounds.
+    """A running request: what a budget has to know of it.
 
     Attributes:
-        target: Number of its target: requests with one target share passes.
-        rows: Rows of its last tree.
-        budget: The budget of its pair. None: it chooses its shapes itself.
+        target: Id of its target model. Requests with the same target share passes.
+        rows: Rows that it has in a pass of the target: those of its last tree if a budget chose it, else the maximum.
+        budget: The budget of its pair. None: the drafter chooses its shapes, or there is no drafter.
         most: Maximum number of nodes of its trees.
-        steady: Prices for a request whose answer depends on its guesses. Its shapes depend only on these and its own
-            verdicts, not on a clock or other requests, so that the same seed gives the same answer.
+        steady: Prices for a request whose answer depends on its guesses, or whose target is shared by several ranks.
+            Its shapes depend only on these prices and its own verdicts, not on a clock or other requests, so that the
+            same seed gives the same answer and all ranks choose alike. None: its shapes are those of its rounds.
         decodes: Whether its prefill has ended. Before that it takes part in no round.
     """
 
@@ -133,10 +134,10 @@ class Round:
         shape: The shape of most requests, which is also the deepest.
         rate: Expected tokens per ms; 0 if the shape is a trial.
         mine: Number of requests whose shapes the budget chooses.
-        others: (number, rows) of the requests that share the target's pass but choose their shapes themselves.
+        others: (number, rows) of the requests that share the target's pass but whose shapes the budget does not choose.
         own: The shape of each request that has chosen since the last review.
         shapes: The shape of each request that takes part.
-        told: Whether a request has its verdict, so that the next request to ask begins a new round.
+        told: Whether any request has its verdict. If so, the next request that asks for a shape begins a new round.
         times_s: Shortest drafting time and shortest check time among requests whose trees have all levels.
     """
 
@@ -186,7 +187,7 @@ class Budget:
         self.trials = [] if known else [TreeShape.parse(text) for text in TRIALS]
 
     def shape_for(self, share: Share) -> TreeShape:
-        """Choose a request's shape: that of the round. All its requests ask before any of them has its verdict."""
+        """Choose a request's shape for its round. All requests of a round ask before any of them has its verdict."""
         if (steady := share.steady) is not None:
             allowed = [shape for shape in STEADY if len(shape) <= share.most]
             return max(allowed, key=lambda shape: self._rate([share], shape, (0, 0), steady))
@@ -211,7 +212,7 @@ class Budget:
                     share.round.saw(share.round.shapes[share], times_s.get("draft", 0.0), times_s.get("verify", 0.0))
 
     def _begin(self, target: int) -> Round:
-        """Choose the shape of a round."""
+        """Begin a round of the requests with this target, and choose its shape."""
         self.number += 1
         every = [share for share in self.running.shares if share.decodes and share.target == target]
         mine = [share for share in every if share.budget is self and share.steady is None]
@@ -231,14 +232,14 @@ class Budget:
         return Round(best, rates[best], len(mine), others)
 
     def _end(self) -> None:
-        """Learn the cost of the round before this one, in which every request has its verdict by now."""
+        """End the current round. Learns the cost of the one before it, whose requests all have verdicts by now."""
         if self.round is not None:
             self.plain = self.plain + 1 if self.round.shape == ROOT else 0
         if self.last is not None and (cost := self.last.cost()) is not None:
             self.prices.saw(cost)
 
     def _allowed(self, most: int, requests: int) -> list[TreeShape]:
-        """List the shapes whose rows fit into a pass of `requests` requests, the one without guesses first."""
+        """List shapes of up to `most` nodes that fit into a pass of `requests` requests. The first has no guesses."""
         most = min(most, ROWS // min(requests, REQUESTS))
         return [shape for shape in self.shapes if len(shape) <= most]
 
@@ -269,7 +270,7 @@ class Budget:
 
 
 class Running:
-    """The requests that run on an engine."""
+    """The requests that run on an engine, and the budgets of their pairs."""
 
     def __init__(self) -> None:
         self.lock = RLock()
@@ -296,14 +297,15 @@ def sharing(
     drafter: Drafter | None = None,
     joins: bool = True,
 ) -> Iterator[Share]:
-    """Context manager that counts a request among those that run on an engine, and chooses its shapes.
+    """Count a request among those that run on an engine, for the length of a block. Yields its share.
 
     Args:
         engine: The engine.
         target: The target.
         draft: The model that drafts, if any does.
         drafter: Its drafter; None for the target alone.
-        joins: Whether the answer does not depend on the guesses.
+        joins: Whether other requests and measured times may decide its shapes, since its answer is the same for any
+            guesses.
     """
     with _LOCK:
         running = _RUNNING.setdefault(engine, Running())

@@ -50,7 +50,7 @@ def attention_layers(pruner: Pruner, target: VideoLM) -> int:
 
 
 def layers_read(pruner: Pruner, target: VideoLM) -> int:
-    """Return the number of the target's first layers that all signals of the pruner come from; 0 if none does."""
+    """Return how many of the target's first layers must run before the pruner's signals are complete; 0 if none."""
     if "verifier_attention" in pruner.needs:  # a mean over all layers
         return target.layers
     return max(state_layer(pruner, target), attention_layers(pruner, target))
@@ -135,9 +135,17 @@ def gathered(
 def draft_attention(
     model: VideoLM | None, prompt: VideoPrompt, features: Tensor | Features | None, pruner: Pruner, caches: CachePool
 ) -> Tensor:
-    """(L, N) attention of the last row to the unpruned video in the drafting model's first `draft_layers` layers.
+    """Return the attention of the prompt's last row to the unpruned video in the first layers of the model that drafts.
 
-    features: That model's video features; computed here if None.
+    Args:
+        model: The model that drafts.
+        prompt: The prompt.
+        features: The model's video features; computed here if None.
+        pruner: Sets the number of layers L, `draft_layers`.
+        caches: Source of a cache for the pass.
+
+    Returns:
+        Means over heads, (L, N).
     """
     assert model is not None
     features_ND = model.features(prompt) if features is None else features
@@ -171,7 +179,7 @@ def held_bytes(needs: frozenset[str], hidden: bool, target: VideoLM, tokens: int
 
 
 def codec(prompt: VideoPrompt) -> Tensor:
-    """Read the (3, N) signals motion, packet_bytes and intra of each token from the prompt's video files.
+    """Read the signals motion, packet_bytes and intra of each token from the prompt's video files. Returns (3, N).
 
     They are 0 for newline tokens, and for videos without a file or with one that cannot be read.
     """
@@ -186,7 +194,7 @@ def codec(prompt: VideoPrompt) -> Tensor:
 
 
 def on_grid(stream: Stream, grid: TokenGrid) -> Tensor:
-    """Pool the signals of a clip's frames to (3, F * P): motion, packet_bytes and intra of each token of a grid.
+    """Pool the signals of a clip's frames over a grid's tokens. Returns motion, packet_bytes and intra, (3, F * P).
 
     A token's motion is the mean over its area. If a frame of the grid covers several frames of the clip, their motion
     and intra are averaged, and their bytes are added.

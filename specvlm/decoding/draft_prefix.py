@@ -1,4 +1,4 @@
-"""Let a draft reuse rows and features that it has computed for earlier requests.
+"""Let a draft reuse KV rows and video features that it has computed for earlier requests.
 
 Shape suffixes: N video tokens, F frames of all videos, K kept slots, D hidden size, A rotary axes.
 """
@@ -19,20 +19,22 @@ from specvlm.models.video_lm import VideoLM
 from specvlm.strategies import VIDEO_SIGNALS, DraftPrefill, Pruner
 from specvlm.types import Features, KeepSet, VideoPrompt
 
-ALL = 0.75  # once a request needs this share of the frames, all are encoded: other questions keep tokens in others
-STEPS = 256  # most rows of text that run as steps do, rather than by the modules of Hugging Face
+ALL = 0.75  # once this share of the frames is needed, all are encoded: other questions keep tokens of other frames
+STEPS = 256  # most rows of text that the engine runs as it runs steps; more run through Hugging Face's modules
 
 
 class ReusedDraftPrefill(DraftPrefill):
-    """Keeps a draft's video features, and its rows of the pruned video if other questions will keep the same tokens.
+    """Prefills a draft with what is known from earlier requests, and keeps what is new for later ones.
 
-    Rows that are computed apart from the question round otherwise, and so do frames that are encoded apart. Such parts
-    are reused only where a guess cannot change the output. Elsewhere, features are reused for the same frames alone.
+    Keeps video features, by frame. Keeps the KV rows of the pruned prompt up to its last video if the pruner decides by
+    the video alone, so that other questions keep the same tokens. Features of frames that were encoded separately, and
+    rows that were computed separately from the question, differ by rounding from those computed together. So if guesses
+    can change the output, no rows are reused, and features only for exactly the same frames.
 
     Args:
-        store: Store for both.
+        store: Store of features and rows.
         keys: Keys of the request's prompt.
-        engine: Runs the text behind kept rows.
+        engine: Runs the text after reused rows.
         pruner: Chooses the tokens to keep.
         free: Whether no guess can change the output.
     """
@@ -62,7 +64,7 @@ class ReusedDraftPrefill(DraftPrefill):
         return found
 
     def _known(self, key: bytes, none_F: Tensor) -> tuple[Tensor | Features | None, Tensor]:
-        """Return a copy of the features that are kept under a key, and of which frames they are. none_F: if none are."""
+        """Return a copy of the features kept under a key, and the frames they cover; without any, None and none_F."""
         if (kept := self._store.other(key)) is None:
             return None, none_F
         *parts, seen_F = kept
@@ -95,7 +97,7 @@ class ReusedDraftPrefill(DraftPrefill):
 
 
 def frames_of(prompt: VideoPrompt, keep: KeepSet) -> Tensor:
-    """(F,) bool, on the host: which frames are encoded for the kept tokens."""
+    """Return which frames must be encoded for the kept tokens: (F,) bool, on the host."""
     seen_F, index, start, before = torch.ones(sum(g.frames for g in prompt.grids), dtype=torch.bool), keep.index.cpu(), 0, 0
     for grid in prompt.grids if keep.pool is None else ():
         inside = index[(index >= start) & (index < start + grid.cells)] - start
@@ -105,7 +107,10 @@ def frames_of(prompt: VideoPrompt, keep: KeepSet) -> Tensor:
 
 
 def frames_alone(prompt: VideoPrompt, frames_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first token of each chosen frame, and (N,) bool: which tokens belong to one. All on the host."""
+    """Return the index of the first token of each chosen frame, and which tokens those frames have, (N,) bool.
+
+    Both are on the host. frames_F: which frames are chosen, bool.
+    """
     first, there, start, before = [prompt.video_index[:0]], [frames_F[:0]], 0, 0
     for grid in prompt.grids:
         chosen = frames_F[before : before + grid.frames]

@@ -1,11 +1,12 @@
 """Start a draft on a GPU of its own while the target's prefill runs, instead of after it.
 
-The target's prefill is queued up to the last layer that video tokens go through, which is nearly all of its work. While
-the target's GPU does it, the host queues the draft's start on the other one: its vision tower, and the prefill of the
-pruned prompt if the pruner can choose by then. It can if it needs nothing of the target, or signals of first layers only.
-For these, the text behind the video runs through the first layers as soon as the video has; the prefill does so again.
+The host first queues the target's prefill up to the end of the video, which is nearly all of its work. While the
+target's GPU is busy with that, the host queues the draft's start on the draft's GPU: the vision tower and, if the
+pruner can choose by then, the prefill of the pruned prompt. The pruner can choose if it needs no signals of the
+target's layers, or only those of the first layers. These also need the text after the video. So once the video has
+passed those layers, the text runs through them ahead of the prefill, which later runs it again.
 
-Shape suffixes: N video tokens, T tokens behind the last video, D hidden size, A rotary axes.
+Shape suffixes: N video tokens, T tokens after the last video, D hidden size, A rotary axes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Inputs = tuple[Tensor | Features, Tensor]  # embeddings and positions
 
 
 def has_own_gpu(draft: VideoLM, target: VideoLM) -> bool:
-    """Whether a draft's work runs beside that of a target in this process alone."""
+    """Whether a draft has a GPU of its own, and one process runs both draft and target."""
     return draft.device.type == "cuda" and target.ranks.size == 1 and apart(draft, target)
 
 
@@ -47,9 +48,10 @@ def early_start(
     rows: int,
     free: bool,
 ) -> EarlyStart | None:
-    """Make the early start of a request's draft; None if the draft has no GPU of its own, or its drafter prefills otherwise.
+    """Make the early start of a request's draft, from the arguments of `EarlyStart`.
 
-    Arguments are those of `EarlyStart`.
+    Returns None if the draft has no GPU of its own, the drafter prefills or chooses tokens itself, or there is no
+    video.
     """
     drafter, draft = selection.drafter, selection.drafting
     if draft is None or drafter.model != "draft" or drafter.prefills is not True or view.own or not prompt.cut:
@@ -61,13 +63,13 @@ def early_start(
 
 @dataclass(frozen=True)
 class Ahead:
-    """A target's prefill that a draft starts beside.
+    """Input of a target's prefill beside which a draft starts.
 
     Attributes:
         features_ND: The target's video features.
         collector: Collector of the prefill's signals, if any are read.
         cache: The target's cache.
-        text: Embeddings (T, D) and positions (A, T) of the text behind the last video, on the target's device.
+        text: Embeddings (T, D) and positions (A, T) of the tokens after the last video, on the target's device.
     """
 
     features_ND: Tensor | Features
@@ -78,11 +80,11 @@ class Ahead:
 
 @dataclass(eq=False)
 class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
-    """Starts a request's draft. What has not been done early is done when its session starts.
+    """Starts a request's draft. What has not been done early is done when the draft's session starts.
 
-    The tokens that the pruner keeps are those that it would keep afterwards, but for the rounding of signals of first
-    layers on an exact engine, which runs the text in another way. Video features are those of all frames if they are
-    computed before the pruner has chosen, else those of frames with kept tokens.
+    The pruner keeps the same tokens as it would after the target's prefill. An exception is an exact engine, which runs
+    the text in another way, so that signals of first layers may be rounded differently. Features computed before the
+    pruner has chosen are those of all frames; later ones, those of the frames with kept tokens.
 
     Attributes:
         selection: Chooses the tokens to keep.
@@ -92,7 +94,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         options: The request's options.
         generator: The request's random generator.
         lease: Holds the draft's cache until the session takes it over.
-        rows: Slots behind those of prompt and answer.
+        rows: Slots of the draft's cache after those of prompt and answer.
         free: Whether no guess can change the output.
         keep: The tokens that were kept, on the host, once they have been chosen early.
     """
@@ -132,14 +134,14 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
     # ---- beside the target's prefill
 
     def beside(self, passing: Pauses[T], ahead: Ahead, inner: DraftPrefill, rounds: bool) -> Pauses[T]:
-        """Run the target's prefill, and start the draft once the video's last layer is queued.
+        """Run the target's prefill, and start the draft once the video is queued through the last layer.
 
         Args:
-            passing: The prefill, from its first layer on.
-            ahead: What it works on.
+            passing: The prefill, from its first layer on. Its pauses are yielded, and its result is returned.
+            ahead: Its input.
             inner: Computes the draft's features and rows.
-            rounds: Whether results may be rounded in another way than where the videos are known. If not, features of
-                all frames are not computed for a choice that is not known yet, and no layer runs ahead for signals.
+            rounds: Whether results may be rounded differently than in a request whose videos are known. If not,
+                computes no features before the pruner has chosen, and runs no layer ahead for its signals.
         """
         target, queued = self.selection.target, None
         self._inner, self._target_ND = inner, ahead.features_ND
@@ -166,7 +168,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
             passing.close()
 
     def _look_ahead(self, ahead: Ahead) -> None:
-        """Run the text behind the video through the first layers, to which the video's rows have come."""
+        """Run the text after the video through the first layers, which the video's rows have just passed."""
         target, states = self.selection.target, None if ahead.collector is None else ahead.collector.states
         if self._collector is not None and states is not None:
             self._collector.states = states.ahead()
@@ -174,7 +176,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         self._ready, self._can_choose = Mark(target.device), True
 
     def _own_collector(self, ahead: Ahead) -> AttentionCollector | None:
-        """Make a collector of the pruner's signals, with what the prefill has of them before its first layer."""
+        """Make a collector of the pruner's signals. It takes over what the prefill's has before the first layer."""
         found = collector_for(self.selection.pruner, self.selection.target, self.prompt) if self._needs else None
         if found is not None and ahead.collector is not None:
             found.sight = ahead.collector.sight
@@ -182,7 +184,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         return found
 
     def _begin(self, queued: Mark) -> None:
-        """Do what can be done of the draft's start, until the target's GPU has nothing queued any more."""
+        """Do the steps of the draft's start that are possible. Stops when the target's GPU has no queued work left."""
         for step in self._steps():
             if queued.passed:  # the host must go on with the target
                 return
@@ -195,7 +197,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         return [self._encode, self._choose, self._fill] if self._all else [self._choose, self._encode, self._fill]
 
     def _choose(self) -> None:
-        """Ask the pruner. Only the side stream waits: for the signals, and not for what the target has queued since."""
+        """Ask the pruner, on a side stream: it waits only for the signals, not for what the target has queued since."""
         assert self._target_ND is not None
         given = (self.prompt, self.view, self._collector, self._target_ND, self.generator, self._features)
         with self._side.after(self._ready):
@@ -220,7 +222,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
     # ---- after it
 
     def chosen(self) -> KeepSet | None:
-        """Return the tokens to keep, if no signal of later layers is needed for that; None if it is, or nothing began."""
+        """Return the tokens to keep; None if the choice needs signals of later layers, or `beside` was not called."""
         if self.keep is None and self._can_choose:
             self._choose()
         self._target_ND = None
@@ -228,7 +230,7 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
 
     @property
     def begun(self) -> bool:
-        """Whether the target's prefill ran beside it. If not, the videos were known."""
+        """Whether `beside` was called. It is not if the target's rows of the videos were known."""
         return self._inner is not None
 
     def features(self, model: VideoLM, prompt: VideoPrompt, keep: KeepSet) -> Tensor | Features:

@@ -75,7 +75,7 @@ class Choice:
     seed: int
 
     def scored(self, logits_V: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        """Return (V,) scores in units of logits, and (V,) bool: which tokens may be chosen. at: index in the answer."""
+        """Return scores in units of logits and whether each token may be chosen, both (V,). at: index in the answer."""
         logits_V = logits_V.double()
         if not self.sampling.coupled:
             return logits_V, torch.ones_like(logits_V, dtype=torch.bool)
@@ -108,10 +108,11 @@ class Evidence:
     """Gaps (see `Choice.gap`) and logits of a few watched tokens from three kinds of pass over the output.
 
     Attributes:
-        ids_TK: Watched tokens of each row: the output's, the target's choice, then the NEAR best of the one-row pass.
+        ids_TK: Watched tokens of each row: the output's, the target's choice, then the best ones of the one-row pass
+            (`lossless.NEAR` of them).
         one_TK: From passes of one row: the gaps of the first two watched tokens, then the logits of the others.
         causal_TK: The same from one causal pass over the whole output.
-        many_TK: The same from a replay of the draft trees; equal to causal_TK without one.
+        many_TK: The same from a replay of the draft trees; equal to causal_TK if the run's steps are not known.
         first: Index of the first difference.
         wrong: Where and why the replay differs from the run; many_TK then ends there. None if they agree.
     """
@@ -124,7 +125,7 @@ class Evidence:
     wrong: tuple[int, str] | None
 
     def drift(self, other_TK: Tensor) -> float:
-        """Measure how far logits are from those of the one-row pass: RMS over the NEAR best, averaged over rows.
+        """Measure how far logits are from those of the one-row pass: RMS over the best tokens, averaged over rows.
 
         The mean distance of a row is subtracted first, since it does not change the order of tokens.
         """

@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens, by the target's own logits.
+"""Log-probabilities of an answer's tokens, from the target's own logits.
 
 Shape suffixes: T tokens of the answer, V vocabulary.
 """
@@ -45,7 +45,7 @@ def logprobs_of(
         start: Number of tokens in the prompt.
         logits_1V: Logits of the prefill.
         tokens: The answer.
-        count: Number of most likely tokens to return in place of each token.
+        count: Number of most likely tokens to return for each position.
     """
     rows = None
     if len(tokens) > 1:

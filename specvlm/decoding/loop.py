@@ -63,7 +63,7 @@ def autoregressive(
     Uses the same prefill, cache and stop rules as `DecodingGraph.decode`. Yields the steps as they happen.
 
     Args:
-        options: An int sets `max_new_tokens` and leaves the rest at the defaults.
+        options: An int sets `max_new_tokens` and leaves the rest at the defaults. `logprobs` is ignored.
         verifier: Chooses each token (`Verifier.first`).
         caches: Caches to reuse; new ones by default.
         engine: Engine that runs the passes; the eager one by default.
@@ -249,7 +249,7 @@ class DecodingGraph:
 
     @property
     def _drafts(self) -> VideoLM | None:
-        """The model that drafts, if the drafter runs one."""
+        """The model that drafts: the target or the draft. For a drafter without a model, the draft, if there is one."""
         return self.target if self.drafter.model == "target" else self.draft
 
     def _session(self, context: DraftContext) -> DraftSession:
