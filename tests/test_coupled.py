@@ -6,6 +6,7 @@ Shape suffixes: N rows, V vocabulary, M tree nodes.
 from __future__ import annotations
 
 import dataclasses
+from copy import copy
 from functools import cache
 
 import pytest
@@ -174,7 +175,9 @@ def test_equal_logits_keep_the_same_tokens_alone_and_among_others():
 
 @cache
 def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[VideoLM, VideoLM]:
-    return remember_features(tiny.model(family, dtype=dtype)), remember_features(tiny.draft_of(family, dtype=dtype))
+    pair = tiny.model(family, dtype=dtype), tiny.draft_of(family, dtype=dtype)
+    target, draft = (remember_features(copy(lm)) for lm in pair)  # other tests share these models
+    return target, draft
 
 
 @cache

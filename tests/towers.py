@@ -22,6 +22,8 @@ from specvlm.types import Features, VideoPrompt
 def remember_features(lm: VideoLM, known: dict[Hashable, Tensor | Features] | None = None) -> VideoLM:
     """Make `lm` encode each video once. Prompts are compared by content, since strategies get copies.
 
+    It changes `lm`: pass a copy of a model that other tests use.
+
     known: Shared with other models of the same weights.
     """
     known = {} if known is None else known
