@@ -15,6 +15,7 @@ from specvlm.config import model_folder
 from specvlm.engine.lean import why_not
 from specvlm.errors import UserError
 from specvlm.models import generation
+from specvlm.models.checkpoint import check_numbers
 from specvlm.models.layer_kinds import check_windows
 from specvlm.models.load import dtype_of, load, skeleton
 from specvlm.video.settings import read_video_settings
@@ -398,3 +399,16 @@ def test_every_kind_of_sliding_window_is_refused():
     for config in (MistralConfig(), windows):
         with pytest.raises(UserError, match="folder: has layers of sliding-window attention, which are not supported"):
             check_windows("folder", config)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(2**40, "at most"), (-(2**40), "at least"), (float("inf"), "at most"), (float("nan"), "at most")]
+)
+def test_numbers_that_no_model_can_be_built_with_are_refused(number, told):
+    with pytest.raises(UserError, match=f"key=.* in config.json: {told} .* can be loaded"):
+        check_numbers(Path("folder"), {"part": [{"key": number}]})
+
+
+@pytest.mark.parametrize("number", [-3.4e38, 1e300, -1.0, 2**31, -(2**31)])
+def test_masks_and_other_usual_numbers_are_loaded(number):
+    check_numbers(Path("folder"), {"part": [{"mask_value": number}]})

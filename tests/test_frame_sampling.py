@@ -166,3 +166,11 @@ def test_the_embedded_pairs_settings_are_read():
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     FROZEN.write_text(json.dumps(frozen_indices()) + "\n")
+
+
+@pytest.mark.parametrize(("there", "asked", "told"), [(7, 8, 6), (7, 7, 6), (1, 4, 1), (6, 9, 6)])
+def test_the_number_of_frames_that_is_proposed_can_be_read(there, asked, told):
+    clip = clip_of(there, 1.0)
+    with pytest.raises(UserError, match=f"set frames={told} or less"):
+        read_video(clip, frames=asked, sampling="qwen")
+    assert len(read_video(clip, frames=told, sampling="qwen").frames) == told

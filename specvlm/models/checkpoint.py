@@ -100,8 +100,10 @@ def check_numbers(folder: Path, found: Any, key: str = "") -> None:
             check_numbers(folder, value, key)
     elif isinstance(found, int | float):
         most = MOST_PARTS if PARTS.search(key) else LARGEST if isinstance(found, int) else float_info.max
-        if not -LARGEST <= found <= most:
-            raise UserError(f"{folder}: {key}={str(found)[:30]} in config.json: at most {most} can be loaded")
+        least = -LARGEST if isinstance(found, int) else -float_info.max
+        if not least <= found <= most:
+            bound = f"at least {least}" if found < least else f"at most {most}"
+            raise UserError(f"{folder}: {key}={str(found)[:30]} in config.json: {bound} can be loaded")
 
 
 def weight_files(folder: Path, config: Any) -> list[Path]:

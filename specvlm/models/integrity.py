@@ -63,7 +63,7 @@ def _config(config: object) -> object:
 
 def _module(module: nn.Module, fused: object) -> tuple[Any, ...]:
     """Describe a module for comparison: type, tensors, children, hooks, and attributes except for its fused form."""
-    attributes = vars(module)
+    attributes = dict(vars(module))  # a copy: another thread's pass may put fused forms in place meanwhile
     tables = ("_parameters", "_buffers", "_modules")
     held = tuple((name, id(value)) for table in tables for name, value in attributes[table].items())
     hooks = tuple(tuple(map(id, attributes.get(name, {}).values())) for name in HOOKS)

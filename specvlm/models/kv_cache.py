@@ -327,7 +327,8 @@ class CacheLease(AbstractContextManager["CacheLease"]):
         if role in self._taken:
             raise ValueError(f"the request has a cache for {role!r} already: take one under another name")
         if role in self._reserved or len(self._taken) >= ROLES:
-            raise ValueError(f"no cache for {role!r}: a drafter may take {ROLES}, none for {', '.join(self._reserved)}")
+            reserved = f", none for {', '.join(self._reserved)}" if self._reserved else ""
+            raise ValueError(f"no cache for {role!r}: a drafter may take {ROLES}{reserved}")
         cache = self._taken[role] = self._pool.take(role, model, capacity)
         return cache
 

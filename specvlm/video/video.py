@@ -175,7 +175,8 @@ def read_video(
         count = _count(len(window), source_fps, frames, fps, (min_frames, max_frames), sampling)
         if count > len(window):
             has = f"{path} has {len(window)} frames{_span(start, end)}"
-            raise UserError(f"{has}, fewer than the {count} asked for: set frames={len(window)} or less")
+            most = max(len(window) // 2 * 2, 1) if sampling == "qwen" else len(window)  # qwen takes an even number
+            raise UserError(f"{has}, fewer than the {count} asked for: set frames={most} or less")
         if count > max_frames:
             raise UserError(f"{path}: {count} frames are more than max_frames={max_frames}: set frames=, fps= or max_frames=")
         rule = sampling if callable(sampling) else SAMPLINGS[sampling]
