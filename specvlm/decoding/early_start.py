@@ -95,7 +95,8 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         generator: The request's random generator.
         lease: Holds the draft's cache until the session takes it over.
         rows: Slots of the draft's cache after those of prompt and answer.
-        free: Whether no guess can change the output.
+        free: Whether the output is the same whatever is drafted (lossless, and greedy or coupled), so that the draft's
+            values may be rounded differently from request to request.
         keep: The tokens that were kept, on the host, once they have been chosen early.
     """
 
@@ -140,8 +141,9 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
             passing: The prefill, from its first layer on. Its pauses are yielded, and its result is returned.
             ahead: Its input.
             inner: Computes the draft's features and rows.
-            rounds: Whether results may be rounded differently than in a request whose videos are known. If not,
-                computes no features before the pruner has chosen, and runs no layer ahead for its signals.
+            rounds: Whether the draft's values may differ in their last bits from those of a later request that takes
+                the same videos from the prefix store. If False, no features are computed before the pruner has chosen,
+                and no layer is run ahead for its signals.
         """
         target, queued = self.selection.target, None
         self._inner, self._target_ND = inner, ahead.features_ND
@@ -176,7 +178,11 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
         self._ready, self._can_choose = Mark(target.device), True
 
     def _own_collector(self, ahead: Ahead) -> AttentionCollector | None:
-        """Make a collector of the pruner's signals. It takes over what the prefill's has before the first layer."""
+        """Make a separate collector for the pruner's signals.
+
+        It shares the vision tower's signals and the row weights of the prefill's collector, which are known before the
+        first layer.
+        """
         found = collector_for(self.selection.pruner, self.selection.target, self.prompt) if self._needs else None
         if found is not None and ahead.collector is not None:
             found.sight = ahead.collector.sight
@@ -222,7 +228,11 @@ class EarlyStart(DraftPrefill, AbstractContextManager["EarlyStart"]):
     # ---- after it
 
     def chosen(self) -> KeepSet | None:
-        """Return the tokens to keep; None if the choice needs signals of later layers, or `beside` was not called."""
+        """Return the tokens to keep; None if they must be chosen after the target's prefill.
+
+        That is so if the pruner reads later layers, if no layer could be run ahead (the target has several stages, or
+        rounding must not differ), or if `beside` was not called.
+        """
         if self.keep is None and self._can_choose:
             self._choose()
         self._target_ND = None

@@ -1,6 +1,7 @@
 """Predict the time of a round of several requests from measured rounds.
 
-Sizes that were measured often are looked up in a table of smoothed times; a linear fit predicts the others.
+A prediction is the weighted mean of a linear fit and the smoothed time of exactly these sizes. The latter weighs more,
+the more often and the more recently they were measured.
 """
 
 from __future__ import annotations

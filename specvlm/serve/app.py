@@ -68,11 +68,17 @@ class Answering(Protocol):
         """Whether requests can be answered now: the session or any replica runs."""
 
     async def drain(self) -> None:
-        """Refuse new requests, and wait for a limited time until all others have ended."""
+        """Refuse new requests and wait until the others have ended.
+
+        Those that have not after `shutdown_timeout` are ended with an error.
+        """
 
 
 class App:
-    """The server's ASGI application: all paths, behind the checks of host and key.
+    """The server's ASGI application.
+
+    A server that listens on localhost answers only to local host names. Paths in GUARDED need an API key, if there are
+    keys; `/health`, `/metrics` and the page never do.
 
     Args:
         chat: The endpoint of chat completions.

@@ -1,4 +1,4 @@
-"""Build the target's prompt from the caller's text, chat messages or processor inputs, videos and images."""
+"""Build the target's prompt from the caller's text, chat messages, videos and images, or from a processor's output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Reads the videos of a call.
+    """What `clip_of` needs to read the videos of one call.
 
     Attributes:
         target: The target.
@@ -54,7 +54,8 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
 
     Args:
         target: The target.
-        prompt: The question; chat messages; the inputs of the model's Hugging Face processor; or a `VideoPrompt`.
+        prompt: The question; chat messages; the output of the model's Hugging Face processor (with "input_ids"); or a
+            `VideoPrompt`. With the last two, give no videos or images.
         videos: A video or several, before the question, or in place of the empty parts of the messages. Each is a path,
             the name of an embedded clip, a file's bytes, an array or a tensor, a list of frames, or a `Clip`.
         images: An image or several: paths, bytes, arrays, tensors or pictures of Pillow.
@@ -89,7 +90,7 @@ def read(target: VideoLM, prompt: Any, videos: Any, images: Any, options: Option
 
 
 def processed(target: VideoLM, inputs: Mapping[str, Any]) -> VideoPrompt:
-    """Build the prompt from a processor's inputs. Raises UserError if they cannot be used."""
+    """Build the prompt from the output of the model's Hugging Face processor. Raises UserError if it cannot be used."""
     with explained("the processor's inputs cannot be used"):
         return target.hf_prompt(inputs)
 
@@ -142,7 +143,11 @@ def _is_picture(value: Any) -> bool:
 
 
 def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterator[Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yield the messages with clips and images in their parts. Invalid messages are left to `VideoLM.chat`."""
+    """Yield the messages with clips and images in their parts.
+
+    Raises UserError for an unknown role, and for a video or image part that cannot be used. Other faults are left to
+    `VideoLM.chat`.
+    """
     for message in messages:
         role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
         if isinstance(role, str):
@@ -154,7 +159,10 @@ def _filled(source: Source, messages: Sequence[Any], media: Mapping[str, Iterato
 
 
 def _part(source: Source, part: Any, media: Mapping[str, Iterator[Any]]) -> Any:
-    """Read the video or image of a part, given by its kind or "path"; an empty part takes the next one of `media`."""
+    """Read the video or image of a part, stored under the key "video" or "image" (the part's type) or "path".
+
+    A part with neither takes the next one of `media`. Other parts are returned unchanged.
+    """
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in MEDIA:
         return part

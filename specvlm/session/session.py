@@ -96,7 +96,7 @@ class Session:
 
         Args:
             prompt: The question; chat messages in the form of Hugging Face's templates, with videos and images in their
-                parts; the inputs of the model's Hugging Face processor; or a `VideoPrompt`.
+                parts; the output of the model's Hugging Face processor; or a `VideoPrompt`.
             videos: A video or several: paths, names of embedded clips, bytes of files, uint8 arrays or tensors of
                 frames, lists of frames, or clips of `read_video` and `clip_from_frames`. They come before the question,
                 or in place of the messages' parts {"type": "video"}.

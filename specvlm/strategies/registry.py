@@ -288,7 +288,7 @@ def _number(value: Any) -> Any:
 
 
 def described(strategy: object) -> str:
-    """Return a strategy's repr, which is its log line. If the repr raises, return its name."""
+    """Return a strategy's repr, which is its log line. If the repr raises, return its name and the error."""
     try:
         with inside(strategy):
             return repr(strategy)
@@ -308,7 +308,10 @@ def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _as_tuple(value: Any, hint: Any) -> Any:
-    """Convert lists back to tuples where the type asks for them: OmegaConf turns tuples into lists."""
+    """Convert a list back to a tuple if the field's type is a tuple, also within it: OmegaConf turns tuples into lists.
+
+    Lists within optional types and dicts stay.
+    """
     if get_origin(hint) is not tuple or not isinstance(value, list):
         return value
     inner = [arg for arg in get_args(hint) if arg is not Ellipsis]

@@ -1,7 +1,8 @@
-"""Video readers behind one small interface: PyAV, and decord for files where it gives the frames that are shown.
+"""Video readers behind one small interface: PyAV, and decord if PyAV is missing or decord is asked for.
 
-PyAV's reader takes the numbers and times of frames from `frame_index`; decord's are compared with it if PyAV is
-installed. Problems with a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
+With PyAV installed, decord is used only for files of which it gives the same frames as FFmpeg shows. PyAV's reader
+takes the numbers and times of frames from `frame_index`; decord's are compared with it if PyAV is installed. Problems
+with a file raise ``UserError``; frames that differ from the index raise ``WrongIndex``.
 """
 
 import importlib.util
@@ -231,7 +232,7 @@ class Group:
         """Decode wanted frames of the group that starts at a key frame.
 
         Args:
-            key: Number of the key frame.
+            key: Index of the key frame among those of `Entries`, from 0.
             wanted: Time stamps of the wanted frames.
             put: Called with the time stamp and each decoded wanted frame, even if it is returned as failed later.
 

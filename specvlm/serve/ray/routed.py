@@ -35,7 +35,7 @@ class Lost(Exception):
 
 
 class Replicas(Protocol):
-    """Replicas that answer requests. All methods but `running` raise Lost if a replica ends meanwhile."""
+    """Replicas that answer requests. All methods raise Lost if a replica, or Ray, ends meanwhile."""
 
     def answer(self, raw: bytes, key: str | None, waited_s: float) -> AsyncGenerator[Any, None]:
         """Send a request to a replica. Closing the iterator ends the request.
