@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from specvlm.results.rows import rows_of, summary_of
 from specvlm.strategies import registry
 from specvlm.video.clips import find_clip
 from specvlm.video.images import read_image
+from specvlm.video.memory import picture
 
 SHORT = ["max_new_tokens=8", "frames=4", "pruner=uniform", "ratio=0.5"]
 BOTH = "video=[synthetic_1,synthetic_2]"
@@ -87,3 +90,26 @@ def test_an_image_is_read_upright_and_faults_are_explained(tmp_path):
     for name in ("broken.png", "missing.png"):
         with pytest.raises(UserError, match=f"{name}: the image cannot be read"):
             read_image(tmp_path / name)
+
+
+def test_an_image_that_would_block_or_fill_the_memory_is_refused(tmp_path):
+    os.mkfifo("pipe.png")
+    Image.new("1", (9000, 9000)).save("large.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, told in (
+        ("pipe.png", "is not a file"),
+        ("folder.png", "is not a file"),
+        ("large.png", "more than 67108864 pixels"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: the image cannot be read: .*{told}"):
+            read_image(tmp_path / name)
+    with pytest.raises(UserError, match="an image given as bytes is 9000x9000, more than 67108864 pixels"):
+        picture((tmp_path / "large.png").read_bytes())
+
+
+def test_of_16_bit_grey_the_upper_bits_are_read_in_each_way(tmp_path):
+    grey = (np.arange(60 * 90).reshape(60, 90) * 12).astype(np.uint16)
+    Image.fromarray(grey).save("deep.png")
+    content = (tmp_path / "deep.png").read_bytes()
+    found = [read_image(tmp_path / "deep.png"), picture(content), picture(Image.open("deep.png")), picture("deep.png")]
+    assert all(torch.equal(one, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 60, 90)) for one in found)

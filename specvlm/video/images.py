@@ -8,20 +8,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from specvlm.errors import UserError, explained
+from specvlm.video.picture_files import read_picture
 
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as (3, H, W) uint8 RGB, oriented by its EXIF data. Raises UserError if it cannot be read."""
     hint = " (addresses are not fetched: download it first)" if ":/" in str(path) else ""
-    with explained(f"{path}: the image cannot be read{hint}"), Image.open(path) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+    try:
+        return read_picture(path)
+    except UserError as error:
+        raise UserError(f"{path}: the image cannot be read{hint}: {error}") from None
 
 
 def qwen_image(image: Tensor, folder: str | Path) -> tuple[Tensor, tuple[int, int, int]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from io import BytesIO
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from specvlm.errors import UserError, explained
+from specvlm.errors import UserError
 from specvlm.video.images import read_image
+from specvlm.video.picture_files import picture_of_bytes, upright
 from specvlm.video.video import Clip
 
 UNKNOWN_FPS = 24.0  # the rate that Hugging Face assumes for frames of unknown rate
@@ -59,10 +59,9 @@ def picture(value: Any) -> Tensor:
     if isinstance(value, str | Path):
         return read_image(Path(value).expanduser())
     if isinstance(value, bytes | bytearray | memoryview):
-        with explained("the bytes of an image cannot be read"), Image.open(BytesIO(value)) as opened:
-            return picture(opened)
+        return picture_of_bytes(bytes(value), "an image given as bytes")
     if isinstance(value, Image.Image):
-        return _channels_first(torch.from_numpy(np.array(ImageOps.exif_transpose(value).convert("RGB"))))
+        return _channels_first(upright(value))
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value)) if value.dtype == np.uint8 else value
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:

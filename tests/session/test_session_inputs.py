@@ -111,7 +111,7 @@ BAD = {
     "no such clip": ({"videos": "synthetic_9"}, "Did you mean"),
     "an address": ({"videos": "https://a.example/b.mp4"}, "not fetched"),
     "bytes of no video": ({"videos": b"nothing"}, ""),
-    "bytes of no image": ({"images": b"nothing"}, "bytes of an image"),
+    "bytes of no image": ({"images": b"nothing"}, "an image given as bytes"),
     "floats": ({"videos": np.zeros((2, 32, 32, 3))}, "float64 ndarray is not a picture"),
     "a wrong shape": ({"videos": torch.zeros(2, 4, 32, 32, dtype=torch.uint8)}, "expected (H, W, 3)"),
     "one picture": ({"videos": torch.zeros(3, 32, 32, dtype=torch.uint8)}, "expected (T, H, W, 3)"),
