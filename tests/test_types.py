@@ -149,3 +149,10 @@ def test_refused_is_the_line_of_best_guesses_behind_the_accepted_ones():
     assert tree.refused((0, 1)) == (12, 14) and tree.refused((0, 1, 4)) == tree.refused((0, 2)) == ()
     ranked = DraftTree(tree.tokens, tree.parents, ranks=(0, 1, 0, 2, 1, 0))
     assert ranked.refused((0,)) == (11,) and ranked.refused((0, 1)) == (13,)
+
+
+def test_a_copy_without_pixels_has_no_videos_and_images_to_list():
+    grid, video, image = TokenGrid(1, 1, 2), {"x": torch.ones(1)}, {"tokens": 1}
+    prompt = VideoPrompt(torch.arange(5), torch.tensor([2, 3]), (grid,), (video,), (image,), torch.tensor([1]))
+    assert prompt.items == [image, video]
+    assert prompt.copy(pixels=False).items == []

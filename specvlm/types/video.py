@@ -95,7 +95,9 @@ class VideoPrompt:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """Videos and images in the order of their slots."""
+        """Videos and images in the order of their slots; none for a copy without pixels."""
+        if not self.videos and not self.images:
+            return []
         found, ends = [], {"video": 0, "image": 0}
         sizes = [("video", len(grid), video) for grid, video in zip(self.grids, self.videos, strict=True)]
         for kind, size, item in [*sizes, *(("image", int(image["tokens"]), image) for image in self.images)]:
