@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import cache
+from threading import Thread
+from time import monotonic, sleep
 
 import torch
 from towers import remember_features
@@ -50,3 +53,20 @@ def clip(name: str = "synthetic_1", frames: int = 8) -> Clip:
 def leased(of: Session) -> list[str]:
     """Roles of the caches that requests hold."""
     return [role for role, _ in of.caches._leased]
+
+
+@contextmanager
+def all_at_once(of, count):
+    """Let no call run before so many are submitted, so that they share passes on any machine."""
+
+    def submitted():
+        end = monotonic() + 60
+        while len(of.scheduler._new) < count and monotonic() < end:
+            sleep(0.01)
+
+    waiter = Thread(target=of.scheduler.between, args=(submitted,))
+    waiter.start()
+    while of.scheduler._runner is None:
+        sleep(0.001)
+    yield
+    waiter.join()

@@ -37,11 +37,20 @@ def test_in_float32_no_best_token_differs(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_engine_that_claims_too_much_is_a_mismatch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("differs", [True, False])
+def test_an_engine_that_claims_too_much_is_a_mismatch(differs, tmp_path, monkeypatch):
+    """Whether bits differ goes by the processor, so passes of many rows and of one are made to differ, or not to."""
+    real = Engine.append
+
+    def append(self, target, tokens_Q, cache):
+        return torch.full_like(real(self, target, tokens_Q, cache), len(tokens_Q) if differs else 1)
+
     monkeypatch.setattr(Engine, "exact", lambda self, model: True)
+    monkeypatch.setattr(Engine, "append", append)
     code, found = probed(tmp_path)  # bfloat16, the default
-    assert found["exact"] and found["dtype"] == "bfloat16" and any(one["bits"] for one in found["counts"])
-    assert code == 1
+    ours = [one["bits"] for one in found["counts"] if one["arithmetic"] == "specvlm"]
+    assert found["exact"] and found["dtype"] == "bfloat16" and all(bits > 0 if differs else bits == 0 for bits in ours)
+    assert code == (1 if differs else 0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Thread
-from time import monotonic, sleep
 
 import pytest
 import torch
-from session_pairs import CHAIN, COUPLED, FAMILIES, QUESTION, UNLIKE, clip, leased, new_session, session
+from session_pairs import CHAIN, COUPLED, FAMILIES, QUESTION, UNLIKE, all_at_once, clip, leased, new_session, session
 
 from specvlm import DecodingGraph, GenerationOptions, GenerationResult, TextStream, UserError, autoregressive, registry
 from specvlm.errors import StrategyError
@@ -39,23 +36,6 @@ def test_a_result_tells_what_the_graph_decodes(family):
     facts = found.statistics
     assert (facts["prompt_tokens"], facts["frames"], facts["rounds"]) == (len(prompt), 8, len(steps) - 1)
     assert facts["accepted_per_round"] > 0.5 and 0 < facts["kept_tokens"] < facts["video_tokens"]
-
-
-@contextmanager
-def all_at_once(of, count):
-    """Let no call run before so many are submitted, so that they share passes on any machine."""
-
-    def submitted():
-        end = monotonic() + 60
-        while len(of.scheduler._new) < count and monotonic() < end:
-            sleep(0.01)
-
-    waiter = Thread(target=of.scheduler.between, args=(submitted,))
-    waiter.start()
-    while of.scheduler._runner is None:
-        sleep(0.001)
-    yield
-    waiter.join()
 
 
 @pytest.mark.slow
