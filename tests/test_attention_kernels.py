@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, DTYPES, GPU  # before the kernels: it skips where they cannot run
 
-from specvlm.models import attention_sums
+from specvlm.models import attention_kernels, attention_sums
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.slow  # in the interpreter
-GPU = torch.cuda.is_available()
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-from specvlm.models import attention_kernels  # noqa: E402
-
-DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 SHAPES = [(1, 1, 1, 5, 16), (2, 3, 4, 300, 48), (2, 5, 33, 1100, 64), (1, 7, 64, 2200, 128), (4, 1, 7, 7, 80)]
 
 

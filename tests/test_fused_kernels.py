@@ -6,24 +6,17 @@ The interpreter cuts numbers off where bfloat16 is meant to be rounded, so there
 from __future__ import annotations
 
 import copy
-import os
 
 import plain_forms
 import pytest
 import torch
+from kernel_device import DEVICE, DTYPES  # before the kernels: it skips where they cannot run
 
+from specvlm.models import fused_kernels
 from specvlm.models.fused import Forms
 from specvlm.testing import tiny
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.slow  # in the interpreter
-GPU = torch.cuda.is_available()
-if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-from specvlm.models import fused_kernels  # noqa: E402
-
-DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 WIDTHS = [8, 128, 1280, 3456, 5120, 8192]
 
 

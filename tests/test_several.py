@@ -21,6 +21,7 @@ from specvlm.strategies import registry
 from specvlm.video.clips import find_clip
 from specvlm.video.images import read_image
 from specvlm.video.memory import picture
+from specvlm.video.picture_files import read_picture
 
 SHORT = ["max_new_tokens=8", "frames=4", "pruner=uniform", "ratio=0.5"]
 BOTH = "video=[synthetic_1,synthetic_2]"
@@ -113,3 +114,10 @@ def test_of_16_bit_grey_the_upper_bits_are_read_in_each_way(tmp_path):
     content = (tmp_path / "deep.png").read_bytes()
     found = [read_image(tmp_path / "deep.png"), picture(content), picture(Image.open("deep.png")), picture("deep.png")]
     assert all(torch.equal(one, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 60, 90)) for one in found)
+
+
+def test_an_image_may_be_a_tiff_but_a_frame_of_a_folder_may_not(tmp_path):
+    Image.open("a picture.png").save("picture.png", format="TIFF")
+    assert torch.equal(read_image(tmp_path / "picture.png"), read_image(tmp_path / "a picture.png"))
+    with pytest.raises(UserError, match="damaged or not a picture: expected JPEG, PNG, WEBP, GIF, BMP$"):
+        read_picture(tmp_path / "picture.png")

@@ -30,9 +30,9 @@ from specvlm.session.inputs import frames_of
 from specvlm.session.session import Session
 from specvlm.video.clips import FOLDER, names
 from specvlm.video.memory import BytesFile, clip_from_frames, picture
+from specvlm.video.picture_files import FORMATS
 from specvlm.video.video import Clip, Processed
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow's formats whose readers run no other program
 DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+=-]+)*?)(;base64)?,", re.ASCII | re.IGNORECASE)
 CLIP = "embedded:"  # scheme of the clips that come with specvlm
 NO_FILE = "no such file below the folders that this server reads: see its key folders"

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from specvlm.errors import UserError, explained
-from specvlm.video.picture_files import read_picture
+from specvlm.video.picture_files import IMAGES, read_picture
 
 
 def read_image(path: Path) -> Tensor:
     """Read an image file as (3, H, W) uint8 RGB, oriented by its EXIF data. Raises UserError if it cannot be read."""
     hint = " (addresses are not fetched: download it first)" if ":/" in str(path) else ""
     try:
-        return read_picture(path)
+        return read_picture(path, IMAGES)
     except UserError as error:
         raise UserError(f"{path}: the image cannot be read{hint}: {error}") from None
 
